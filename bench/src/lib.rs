@@ -1,0 +1,1 @@
+//! Benchmarks: us and the alternatives in the same run.

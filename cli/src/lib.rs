@@ -1,0 +1,1 @@
+//! The blobcr command: every role and every operator verb.

@@ -1,0 +1,1 @@
+//! What runs in a guest: the program that asks its host for a CHECKPOINT.

@@ -1,0 +1,1 @@
+//! The metadata service: the few mutable facts of the repository.

@@ -1,0 +1,1 @@
+//! The chunk server: an append-only chunk store behind gRPC.
