@@ -2,6 +2,7 @@
 
 pub mod catalog;
 pub mod store;
+pub mod tree;
 
 pub use catalog::{Catalog, CatalogError};
 pub use store::{Object, ObjectStore, StoreError, Stored};
