@@ -1,1 +1,7 @@
 //! The local mirror of a snapshot, and the file system that serves it to a hypervisor.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`cache`] | the clean chunks of a host, shared by all its disks |
+
+pub mod cache;
