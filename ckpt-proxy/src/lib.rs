@@ -1,1 +1,33 @@
 //! Takes CHECKPOINT requests from the guests of its own host, and from nobody else.
+//!
+//! Every VM has a Unix socket of its own, `DIR/VM.sock`, to which its hypervisor connects a
+//! virtio-serial port of the guest. Which VM a request speaks for is known from the socket that it
+//! arrived on and from nothing that the guest says. The same operations are served to the host's
+//! own tools by the gRPC service `Checkpoint`.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `proxy` | [`Proxy`]: the VMs of this host, their records and their sockets |
+//! | `channel` | one connection of a VM: frames in, answers out, all of it bounded |
+//! | `requests` | what the three requests do, whoever sent them |
+//! | `answers` | first answers by idempotency key, so that a repeated request is no second checkpoint |
+//! | `upstream` | the mirror and the metadata service behind the requests |
+//! | `records` | `DIR/VM.json`, which outlives the process |
+//! | `sockets` | binding `DIR/VM.sock` and telling a dead one from a live one |
+//! | `service` | the gRPC service |
+
+mod answers;
+mod channel;
+mod error;
+mod limits;
+mod proxy;
+mod records;
+mod requests;
+mod service;
+mod sockets;
+mod upstream;
+
+pub use error::ProxyError;
+pub use limits::{DISKS_PER_VM_MAX, KEY_BYTES_MAX, Limits, VMS_MAX};
+pub use proxy::{Proxy, ProxyOptions};
+pub use service::CheckpointService;

@@ -19,7 +19,12 @@ pub mod record;
 pub mod units;
 
 /// Messages and services of protocol version 1.
-#[expect(missing_docs, clippy::all, reason = "generated code; the .proto files carry the docs")]
+#[expect(
+    missing_docs,
+    clippy::all,
+    clippy::allow_attributes,
+    reason = "generated code; the .proto files carry the docs"
+)]
 pub mod v1 {
     include!(concat!(env!("OUT_DIR"), "/blobcr.v1.rs"));
 }

@@ -1,0 +1,248 @@
+//! `DIR/VM.json`: which VMs this host has and which disks each of them has.
+//!
+//! ```json
+//! {"magic":"blobcr-vm","version":1,"crc32c":"0f0f0f0f","vm":{"name":"web","disks":["web0"]}}
+//! ```
+//! The CRC is of `vm` as compact JSON with its fields in this order. A record is replaced as a
+//! whole (written beside, synced, renamed, directory synced), so it is there or not.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use blobcr_proto::{DiskName, VmName};
+use serde::{Deserialize, Serialize};
+
+use crate::error::ProxyError;
+use crate::limits::DISKS_PER_VM_MAX;
+
+const MAGIC: &str = "blobcr-vm";
+const VERSION: u32 = 1;
+/// A record with the most disks and the longest names takes 9 KiB.
+const RECORD_BYTES_MAX: u64 = 64 << 10;
+
+/// A VM as it is recorded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct VmRecord {
+    pub(crate) name: VmName,
+    pub(crate) disks: Vec<DiskName>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Envelope {
+    magic: String,
+    version: u32,
+    crc32c: String,
+    vm: Body,
+}
+
+/// Read before the rest, because a later version may have other fields.
+#[derive(Deserialize)]
+struct Preamble {
+    magic: String,
+    version: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Body {
+    name: String,
+    disks: Vec<String>,
+}
+
+/// Why a record cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RecordError {
+    #[error("it cannot be read: {0}")]
+    Io(#[from] io::Error),
+    #[error("it is longer than {RECORD_BYTES_MAX} bytes")]
+    TooLong,
+    #[error("it is no record of a VM: {0}")]
+    Malformed(String),
+    #[error("it is of version {0}, and this program knows version {VERSION}")]
+    Version(u32),
+    #[error("its checksum is {found}, and its contents have {expected}")]
+    Checksum { found: String, expected: String },
+}
+
+fn checksum(body: &Body) -> String {
+    let text = serde_json::to_vec(body).expect("strings always have a JSON form");
+    let crc = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &text) as u32;
+    format!("{crc:08x}")
+}
+
+/// The bytes of a record.
+pub(crate) fn encode(record: &VmRecord) -> Vec<u8> {
+    let vm = Body {
+        name: record.name.to_string(),
+        disks: record.disks.iter().map(ToString::to_string).collect(),
+    };
+    let envelope =
+        Envelope { magic: MAGIC.to_owned(), version: VERSION, crc32c: checksum(&vm), vm };
+    let mut text = serde_json::to_vec(&envelope).expect("strings always have a JSON form");
+    text.push(b'\n');
+    text
+}
+
+/// Reads a record's bytes, of which nothing is believed.
+pub(crate) fn decode(bytes: &[u8]) -> Result<VmRecord, RecordError> {
+    let malformed = |e: serde_json::Error| RecordError::Malformed(e.to_string());
+    let preamble: Preamble = serde_json::from_slice(bytes).map_err(malformed)?;
+    if preamble.magic != MAGIC {
+        return Err(RecordError::Malformed(format!("its magic is {:?}", preamble.magic)));
+    }
+    if preamble.version != VERSION {
+        return Err(RecordError::Version(preamble.version));
+    }
+    let Envelope { crc32c, vm, .. } = serde_json::from_slice(bytes).map_err(malformed)?;
+    let expected = checksum(&vm);
+    if crc32c != expected {
+        return Err(RecordError::Checksum { found: crc32c, expected });
+    }
+    let bad = |e: blobcr_proto::name::NameError| RecordError::Malformed(e.to_string());
+    let disks =
+        vm.disks.into_iter().map(DiskName::new).collect::<Result<Vec<_>, _>>().map_err(bad)?;
+    if disks.is_empty() || disks.len() > DISKS_PER_VM_MAX {
+        return Err(RecordError::Malformed(format!("it names {} disks", disks.len())));
+    }
+    Ok(VmRecord { name: VmName::new(vm.name).map_err(bad)?, disks })
+}
+
+/// A record's file, and the record or why it cannot be used.
+pub(crate) type Loaded = (PathBuf, Result<VmRecord, RecordError>);
+
+/// Where the record of a VM is.
+pub(crate) fn path(dir: &Path, name: &VmName) -> PathBuf {
+    dir.join(format!("{name}.json"))
+}
+
+/// Writes a record so that it is there as a whole, and still after a crash, once this returns.
+pub(crate) fn save(dir: &Path, record: &VmRecord) -> Result<(), ProxyError> {
+    let target = path(dir, &record.name);
+    let beside = dir.join(".record.new");
+    let fail = |what, path: &Path| {
+        let path = path.to_owned();
+        move |source| ProxyError::Io { what, path, source }
+    };
+    let mut file = File::create(&beside).map_err(fail("create", &beside))?;
+    file.write_all(&encode(record)).map_err(fail("write", &beside))?;
+    file.sync_all().map_err(fail("sync", &beside))?;
+    fs::rename(&beside, &target).map_err(fail("replace", &target))?;
+    sync_dir(dir)
+}
+
+/// Removes a record; that it is not there is no error.
+pub(crate) fn remove(dir: &Path, name: &VmName) -> Result<(), ProxyError> {
+    let path = path(dir, name);
+    match fs::remove_file(&path) {
+        Ok(()) => sync_dir(dir),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(ProxyError::Io { what: "remove", path, source }),
+    }
+}
+
+fn sync_dir(dir: &Path) -> Result<(), ProxyError> {
+    File::open(dir).and_then(|d| d.sync_all()).map_err(|source| ProxyError::Io {
+        what: "sync",
+        path: dir.to_owned(),
+        source,
+    })
+}
+
+fn load(path: &Path) -> Result<VmRecord, RecordError> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(RECORD_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > RECORD_BYTES_MAX {
+        return Err(RecordError::TooLong);
+    }
+    let record = decode(&bytes)?;
+    if path.file_stem().is_none_or(|stem| stem != record.name.as_str()) {
+        return Err(RecordError::Malformed(format!("it is the record of the VM {}", record.name)));
+    }
+    Ok(record)
+}
+
+/// Every record of the directory, in order of name; one that cannot be used comes with its reason.
+pub(crate) fn load_all(dir: &Path) -> Result<Vec<Loaded>, ProxyError> {
+    let fail = |source| ProxyError::Io { what: "list", path: dir.to_owned(), source };
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(fail)? {
+        let path = entry.map_err(fail)?.path();
+        if path.extension().is_some_and(|e| e == "json") {
+            let record = load(&path);
+            found.push((path, record));
+        }
+    }
+    found.sort_by(|a, b| a.0.cmp(&b.0));
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> VmRecord {
+        VmRecord {
+            name: VmName::new("web").unwrap(),
+            disks: vec![DiskName::new("web0").unwrap(), DiskName::new("data.1").unwrap()],
+        }
+    }
+
+    #[test]
+    fn golden_record_of_version_1() {
+        let golden = include_str!("../golden/vm-v1.json");
+        assert_eq!(String::from_utf8(encode(&sample())).unwrap(), golden);
+        assert_eq!(decode(golden.as_bytes()).unwrap(), sample());
+    }
+
+    #[test]
+    fn every_flipped_bit_is_found_or_harmless() {
+        let good = encode(&sample());
+        for at in 0..good.len() {
+            for bit in 0..8 {
+                let mut bad = good.clone();
+                bad[at] ^= 1 << bit;
+                if let Ok(record) = decode(&bad) {
+                    assert_eq!(record, sample(), "byte {at} bit {bit}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn another_version_is_named_before_anything_else_is_read() {
+        let later = br#"{"magic":"blobcr-vm","version":2,"anything":[]}"#;
+        assert!(matches!(decode(later), Err(RecordError::Version(2))));
+        assert!(matches!(
+            decode(b"{\"magic\":\"x\",\"version\":1}"),
+            Err(RecordError::Malformed(_))
+        ));
+        assert!(matches!(decode(b""), Err(RecordError::Malformed(_))));
+    }
+
+    #[test]
+    fn records_survive_and_damaged_ones_are_told() {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &sample()).unwrap();
+        fs::write(dir.path().join("bad.json"), b"{").unwrap();
+        fs::write(dir.path().join("copy.json"), encode(&sample())).unwrap();
+        fs::write(dir.path().join("long.json"), vec![b' '; (64 << 10) + 1]).unwrap();
+        let found = load_all(dir.path()).unwrap();
+        assert_eq!(found.len(), 4);
+        assert!(matches!(found[0].1, Err(RecordError::Malformed(_))));
+        assert!(matches!(found[1].1, Err(RecordError::Malformed(_))), "another VM's record");
+        assert!(matches!(found[2].1, Err(RecordError::TooLong)));
+        assert_eq!(*found[3].1.as_ref().unwrap(), sample());
+        remove(dir.path(), &sample().name).unwrap();
+        remove(dir.path(), &sample().name).unwrap();
+        assert_eq!(load_all(dir.path()).unwrap().len(), 3);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn rubbish_never_panics(bytes in proptest::collection::vec(0u8..=255, 0..300)) {
+            proptest::prop_assert!(decode(&bytes).is_err());
+        }
+    }
+}
