@@ -3,5 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`cache`] | the clean chunks of a host, shared by all its disks |
+//! | [`ioctl`] | CLONE, COMMIT and STATUS of a disk, as bytes |
 
 pub mod cache;
+pub mod ioctl;
