@@ -20,6 +20,8 @@ mod geometry;
 mod lookup;
 pub mod node;
 mod source;
+#[cfg(test)]
+mod tests;
 mod update;
 mod walk;
 
