@@ -4,6 +4,11 @@ use async_trait::async_trait;
 use blobcr_proto::Hash;
 use blobcr_proto::v1::RecordKind;
 use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
+
+/// Gets that the provided [`ObjectStore::get_many`] has under way at once: enough to hide round
+/// trips, few enough that tree walks leave room for data.
+const GETS_AT_ONCE: usize = 16;
 
 /// Why the repository did not do what it was asked.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -84,6 +89,17 @@ pub trait ObjectStore: Send + Sync + 'static {
 
     /// The plain bytes of one object, checked against its identity.
     async fn get(&self, kind: RecordKind, id: &Hash) -> Result<Bytes, StoreError>;
+
+    /// The plain bytes of several objects, in order, each checked against its identity. Meant for
+    /// small objects: all are in memory at once.
+    async fn get_many(&self, kind: RecordKind, ids: &[Hash]) -> Result<Vec<Bytes>, StoreError> {
+        // Owned ids: a closure over borrowed ones is not general enough for a boxed future.
+        stream::iter(ids.to_vec())
+            .map(|id| async move { self.get(kind, &id).await })
+            .buffered(GETS_AT_ONCE)
+            .try_collect()
+            .await
+    }
 
     /// Tells, in order, which objects the pool holds to its policy, and touches those with
     /// `generation`, so that the collector leaves them to this writer.

@@ -1,0 +1,221 @@
+//! The catalog over gRPC: several servers, one deadline for each call.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use blobcr_proto::v1::metadata_client::MetadataClient;
+use blobcr_proto::{MESSAGE_BYTES_MAX, v1};
+use tokio::time::{Instant, sleep, timeout};
+use tonic::transport::Channel;
+use tonic::{Request, Response, Status};
+
+use super::status::{catalog_error, never_sent};
+use super::{ConnectOptions, channel};
+use crate::{Catalog, CatalogError};
+
+/// The wait after every server has failed, at first and at most.
+const WAIT_FIRST: Duration = Duration::from_millis(20);
+const WAIT_MAX: Duration = Duration::from_secs(1);
+
+/// One question of a long wait: a server that died is found out after so long at the latest.
+const WAIT_SLICE: Duration = Duration::from_secs(20);
+/// What an answer to such a question may take beyond the time that it names.
+const WAIT_MARGIN: Duration = Duration::from_secs(5);
+
+#[derive(Debug)]
+struct Server {
+    address: String,
+    client: MetadataClient<Channel>,
+}
+
+/// Whether a call may be made again when nobody knows whether the first one arrived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Repeat {
+    /// Twice is the same as once.
+    Safe,
+    /// Twice is not the same: only a call that cannot have arrived is made again.
+    Unsafe,
+}
+
+/// A [`Catalog`] served by one or several metadata servers, which are asked in turn until one
+/// answers. The one that answered is asked first the next time.
+#[derive(Debug)]
+pub struct RemoteCatalog {
+    servers: Vec<Server>,
+    preferred: AtomicUsize,
+    deadline: Duration,
+    attempt: Duration,
+}
+
+impl RemoteCatalog {
+    /// A client of the servers at `addresses`. Connects to none before it is used.
+    ///
+    /// # Errors
+    /// When there is no address, or one makes no sense.
+    pub fn new(addresses: &[String], options: &ConnectOptions) -> Result<Self, CatalogError> {
+        if addresses.is_empty() {
+            return Err(CatalogError::Invalid("no address of a metadata server was given".into()));
+        }
+        let connect = |address: &String| {
+            let channel = channel(address, options.connect_timeout)
+                .map_err(|error| CatalogError::Invalid(error.to_string()))?;
+            let client = MetadataClient::new(channel)
+                .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX);
+            Ok(Server { address: address.clone(), client })
+        };
+        Ok(Self {
+            servers: addresses.iter().map(connect).collect::<Result<_, CatalogError>>()?,
+            preferred: AtomicUsize::new(0),
+            deadline: options.metadata_deadline,
+            attempt: options.metadata_attempt,
+        })
+    }
+
+    /// Asks the servers in turn, until one answers or the deadline is over.
+    async fn call<T, F>(
+        &self,
+        repeat: Repeat,
+        limits: Limits,
+        mut ask: impl FnMut(MetadataClient<Channel>, Duration) -> F,
+    ) -> Result<T, CatalogError>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let until = Instant::now() + limits.deadline;
+        let mut wait = WAIT_FIRST;
+        let mut attempts = 0;
+        loop {
+            let at = (self.preferred.load(Ordering::Relaxed)) % self.servers.len();
+            let server = &self.servers[at];
+            let patience = limits.attempt.min(until - Instant::now());
+            let (error, again) = match timeout(patience, ask(server.client.clone(), patience)).await
+            {
+                Ok(Ok(answer)) => return Ok(answer.into_inner()),
+                Ok(Err(status)) => {
+                    let error = catalog_error(&server.address, &status);
+                    let sure = repeat == Repeat::Safe || never_sent(&status);
+                    // A lost race left no trace, whatever the call.
+                    let again = match error {
+                        CatalogError::Conflict(_) => true,
+                        CatalogError::Unavailable(_) => sure,
+                        _ => false,
+                    };
+                    (error, again)
+                }
+                Err(_) => {
+                    let text = format!("{}: no answer within {patience:?}", server.address);
+                    (CatalogError::Unavailable(text), repeat == Repeat::Safe)
+                }
+            };
+            if matches!(error, CatalogError::Unavailable(_)) {
+                let next = (at + 1) % self.servers.len();
+                // Whoever else saw the same failure has moved on already.
+                let _ =
+                    self.preferred.compare_exchange(at, next, Ordering::Relaxed, Ordering::Relaxed);
+            }
+            attempts += 1;
+            let pause = if attempts % self.servers.len() == 0 { wait } else { Duration::ZERO };
+            if !again || Instant::now() + pause >= until {
+                return Err(error);
+            }
+            if !pause.is_zero() {
+                sleep(pause).await;
+                wait = (wait * 2).min(WAIT_MAX);
+            }
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { deadline: self.deadline, attempt: self.attempt }
+    }
+
+    /// Waits in several questions, so that a server that died is found out.
+    async fn wait_in_slices(
+        &self,
+        request: v1::WaitSnapshotRequest,
+    ) -> Result<v1::Snapshot, CatalogError> {
+        let until = Instant::now() + Duration::from_millis(request.timeout_ms);
+        loop {
+            let left = until - Instant::now();
+            let slice = left.min(WAIT_SLICE);
+            let limits = Limits { deadline: slice + self.deadline, attempt: slice + WAIT_MARGIN };
+            let answer = self
+                .call(Repeat::Safe, limits, |mut client, patience| {
+                    let timeout_ms = u64::try_from(slice.as_millis()).unwrap_or(u64::MAX);
+                    let asked = v1::WaitSnapshotRequest { timeout_ms, ..request.clone() };
+                    let asked = timed(asked, patience);
+                    async move { client.wait_snapshot(asked).await }
+                })
+                .await;
+            match answer {
+                Err(CatalogError::Timeout(_)) if Instant::now() < until => {}
+                answer => return answer,
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    deadline: Duration,
+    attempt: Duration,
+}
+
+/// A request that tells the server how long its answer is waited for.
+fn timed<T>(message: T, patience: Duration) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(patience);
+    request
+}
+
+/// The implementation with one method per RPC, and `wait_snapshot`, which is not like the others.
+/// (The attribute does not see methods that a macro makes inside of the block.)
+macro_rules! catalog_of {
+    ($($name:ident($request:ty) -> $answer:ty, $repeat:ident;)*) => {
+        #[async_trait]
+        impl Catalog for RemoteCatalog {
+            $(async fn $name(&self, request: $request) -> Result<$answer, CatalogError> {
+                self.call(Repeat::$repeat, self.limits(), |mut client, patience| {
+                    let request = timed(request.clone(), patience);
+                    async move { client.$name(request).await }
+                })
+                .await
+            })*
+
+            async fn wait_snapshot(
+                &self,
+                request: v1::WaitSnapshotRequest,
+            ) -> Result<v1::Snapshot, CatalogError> {
+                self.wait_in_slices(request).await
+            }
+        }
+    };
+}
+
+catalog_of! {
+    create_image(v1::CreateImageRequest) -> v1::Image, Unsafe;
+    get_image(v1::ImageRef) -> v1::Image, Safe;
+    list_images(v1::ListImagesRequest) -> v1::ListImagesResponse, Safe;
+    clone_image(v1::CloneImageRequest) -> v1::CloneImageResponse, Unsafe;
+    remove_image(v1::ImageRef) -> v1::RemoveImageResponse, Unsafe;
+    begin_snapshot(v1::BeginSnapshotRequest) -> v1::Snapshot, Unsafe;
+    publish_snapshot(v1::PublishSnapshotRequest) -> v1::Snapshot, Safe;
+    fail_snapshot(v1::FailSnapshotRequest) -> v1::Snapshot, Safe;
+    get_snapshot(v1::SnapshotRef) -> v1::Snapshot, Safe;
+    list_snapshots(v1::ListSnapshotsRequest) -> v1::ListSnapshotsResponse, Safe;
+    remove_snapshot(v1::SnapshotRef) -> v1::Snapshot, Safe;
+    acquire_lease(v1::AcquireLeaseRequest) -> v1::Lease, Unsafe;
+    renew_lease(v1::RenewLeaseRequest) -> v1::Lease, Safe;
+    release_lease(v1::ReleaseLeaseRequest) -> v1::ReleaseLeaseResponse, Safe;
+    create_pool(v1::CreatePoolRequest) -> v1::Pool, Unsafe;
+    get_pool(v1::PoolRef) -> v1::Pool, Safe;
+    list_pools(v1::ListPoolsRequest) -> v1::ListPoolsResponse, Safe;
+    register_node(v1::RegisterNodeRequest) -> v1::Node, Safe;
+    list_nodes(v1::ListNodesRequest) -> v1::ListNodesResponse, Safe;
+    get_placement(v1::PoolRef) -> v1::PlacementTable, Safe;
+    add_to_set(v1::AddToSetRequest) -> v1::CheckpointSet, Safe;
+    list_sets(v1::ListSetsRequest) -> v1::ListSetsResponse, Safe;
+    latest_set(v1::LatestSetRequest) -> v1::CheckpointSet, Safe;
+}

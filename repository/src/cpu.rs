@@ -1,0 +1,35 @@
+//! Work that takes a core for longer than an asynchronous task may.
+
+use std::sync::LazyLock;
+
+use tokio::sync::Semaphore;
+
+/// Below so many bytes hashing or decoding takes less time than moving to another thread does.
+const INLINE_BYTES: usize = 64 << 10;
+
+/// One at a time for each core: more would only take turns, and hold their buffers meanwhile.
+static CORES: LazyLock<Semaphore> =
+    LazyLock::new(|| Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));
+
+/// Runs `work`, which touches about `bytes` bytes, off the threads of the asynchronous runtime
+/// (unless it is little).
+///
+/// # Panics
+/// When `work` does.
+pub(crate) async fn run<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    if bytes <= INLINE_BYTES {
+        return work();
+    }
+    let _core = CORES.acquire().await.expect("the semaphore is never closed");
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // Only at the end of the runtime, which drops the caller as well.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}

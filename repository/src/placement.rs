@@ -1,0 +1,143 @@
+//! Which nodes hold an object: redundancy policies and placement tables.
+
+use std::str::FromStr;
+
+use blobcr_proto::{Hash, v1};
+
+/// Copies of an object at most: beyond this, more copies only add to the cost of a write.
+pub const REPLICAS_MAX: u8 = 8;
+/// Shards of an object at most: the field of the Reed-Solomon code has 255 places.
+pub const SHARDS_MAX: u16 = 255;
+
+/// How a pool keeps its objects safe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Policy {
+    /// `replica:N`: so many whole copies.
+    Replica(u8),
+    /// `ec:K+M`: K data shards and M parity shards.
+    Erasure {
+        /// Data shards.
+        data: u8,
+        /// Parity shards.
+        parity: u8,
+    },
+}
+
+/// A text that is no redundancy policy.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no redundancy policy; write replica:N (N = 1 to {REPLICAS_MAX}) or ec:K+M")]
+pub struct PolicyError(pub String);
+
+impl Policy {
+    /// Nodes that an object needs.
+    #[must_use]
+    pub const fn width(self) -> usize {
+        match self {
+            Self::Replica(copies) => copies as usize,
+            Self::Erasure { data, parity } => data as usize + parity as usize,
+        }
+    }
+}
+
+impl FromStr for Policy {
+    type Err = PolicyError;
+
+    fn from_str(text: &str) -> Result<Self, PolicyError> {
+        let parsed = match text.split_once(':') {
+            Some(("replica", copies)) => copies.parse().ok().map(Self::Replica),
+            Some(("ec", shards)) => shards.split_once('+').and_then(|(data, parity)| {
+                Some(Self::Erasure { data: data.parse().ok()?, parity: parity.parse().ok()? })
+            }),
+            _ => None,
+        };
+        match parsed {
+            Some(Self::Replica(copies)) if !(1..=REPLICAS_MAX).contains(&copies) => None,
+            Some(Self::Erasure { data, parity })
+                if data == 0 || parity == 0 || u16::from(data) + u16::from(parity) > SHARDS_MAX =>
+            {
+                None
+            }
+            parsed => parsed,
+        }
+        .ok_or_else(|| PolicyError(text.to_owned()))
+    }
+}
+
+/// A checked placement table.
+#[derive(Debug, Clone)]
+pub struct Placement {
+    version: u64,
+    nodes: Vec<v1::Node>,
+    /// For each partition, indices into `nodes`, first choice first.
+    partitions: Vec<Vec<u32>>,
+}
+
+/// A table that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("version {version} of the placement table of pool {pool} is malformed: {detail}")]
+pub struct PlacementError {
+    /// The pool's id.
+    pub pool: u32,
+    /// The table's version.
+    pub version: u64,
+    /// What is wrong with it.
+    pub detail: &'static str,
+}
+
+impl Placement {
+    /// Checks a table of a pool whose objects each need `width` nodes.
+    ///
+    /// # Errors
+    /// When its partitions are no power of two, or one names too few, repeated or unknown nodes.
+    pub fn new(table: v1::PlacementTable, width: usize) -> Result<Self, PlacementError> {
+        let v1::PlacementTable { pool, version, nodes, partitions } = table;
+        let check = |good, detail| {
+            if good { Ok(()) } else { Err(PlacementError { pool, version, detail }) }
+        };
+        check(partitions.len().is_power_of_two(), "its partitions are no power of two")?;
+        let partitions: Vec<Vec<u32>> = partitions.into_iter().map(|p| p.node).collect();
+        for of_one in &partitions {
+            check(of_one.len() >= width, "a partition has fewer nodes than the policy needs")?;
+            let known = of_one.iter().all(|node| (*node as usize) < nodes.len());
+            check(known, "a partition names a node that is not in the table")?;
+            let repeated = of_one.iter().enumerate().any(|(i, node)| of_one[..i].contains(node));
+            check(!repeated, "a partition names a node twice")?;
+        }
+        Ok(Self { version, nodes, partitions })
+    }
+
+    /// Grows with every change of the table.
+    #[must_use]
+    pub const fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// All nodes of the pool.
+    #[must_use]
+    pub fn nodes(&self) -> &[v1::Node] {
+        &self.nodes
+    }
+
+    /// Whether both tables send every object to the same nodes at the same addresses.
+    #[must_use]
+    pub fn same_nodes(&self, other: &Self) -> bool {
+        let addresses = |nodes: &[v1::Node]| -> Vec<String> {
+            nodes.iter().map(|node| node.address.clone()).collect()
+        };
+        self.partitions == other.partitions && addresses(&self.nodes) == addresses(&other.nodes)
+    }
+
+    /// The partition of an object: the upper bits of its identity.
+    #[must_use]
+    pub fn partition(&self, id: &Hash) -> usize {
+        let bits = self.partitions.len().trailing_zeros();
+        // One partition has no bits: a shift by 64 would overflow.
+        id.prefix().checked_shr(u64::BITS - bits).unwrap_or(0) as usize
+    }
+
+    /// Indices into [`Self::nodes`] of the nodes that hold the object, first choice first.
+    #[must_use]
+    pub fn holders(&self, id: &Hash) -> &[u32] {
+        &self.partitions[self.partition(id)]
+    }
+}
