@@ -3,7 +3,9 @@
 //! | module | holds |
 //! |---|---|
 //! | [`cache`] | the clean chunks of a host, shared by all its disks |
+//! | [`disk`] | the local mirror: a writable disk over a snapshot |
 //! | [`ioctl`] | CLONE, COMMIT and STATUS of a disk, as bytes |
 
 pub mod cache;
+pub mod disk;
 pub mod ioctl;
