@@ -46,6 +46,7 @@ impl ChunkSize {
 
     /// In bytes, for slicing.
     #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "no chunk size is zero")]
     pub const fn len(self) -> usize {
         self.0 as usize
     }

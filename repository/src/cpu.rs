@@ -4,8 +4,8 @@ use std::sync::LazyLock;
 
 use tokio::sync::Semaphore;
 
-/// Below so many bytes hashing or decoding takes less time than moving to another thread does.
-const INLINE_BYTES: usize = 64 << 10;
+/// Below so many bytes hashing, coding and decoding take less time than moving to another thread does.
+const INLINE_BYTES: usize = 16 << 10;
 
 /// One at a time for each core: more would only take turns, and hold their buffers meanwhile.
 static CORES: LazyLock<Semaphore> =

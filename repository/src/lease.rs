@@ -127,7 +127,7 @@ impl Keeper {
         loop {
             let (lease, until) = self.acquire().await;
             tracing::debug!(lease = lease.id, generation = lease.generation, "lease acquired");
-            self.state.send_replace(State::Live { lease: lease.clone(), until });
+            self.state.send_replace(State::Live { lease, until });
             self.renew(lease, until).await;
             self.state.send_replace(State::Waiting);
         }

@@ -1,16 +1,23 @@
-//! One repository node.
+//! The connections to repository nodes.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use blobcr_proto::v1::record_store_client::RecordStoreClient;
 use blobcr_proto::{MESSAGE_BYTES_MAX, v1};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status};
 
 use super::status::NodeError;
 use super::{AddressError, ConnectOptions, channel};
+use crate::StoreError;
+
+/// A node that did not answer is asked last for so long, so that reads do not wait for it again
+/// and again.
+const SUSPECT_FOR: Duration = Duration::from_secs(2);
 
 /// The connections to one node.
 #[derive(Debug)]
@@ -85,5 +92,50 @@ async fn within<T>(
         Ok(Ok(answer)) => Ok(answer.into_inner()),
         Ok(Err(status)) => Err(NodeError::of(&status)),
         Err(_) => Err(NodeError::Unreachable(format!("no answer within {deadline:?}"))),
+    }
+}
+
+/// The nodes that were ever needed, by address, and which of them did not answer lately.
+#[derive(Debug)]
+pub(super) struct Links {
+    options: ConnectOptions,
+    by_address: Mutex<HashMap<String, Arc<NodeLink>>>,
+    suspects: Mutex<HashMap<String, Instant>>,
+}
+
+impl Links {
+    pub(super) fn new(options: ConnectOptions) -> Self {
+        Self { options, by_address: Mutex::default(), suspects: Mutex::default() }
+    }
+
+    pub(super) fn to(&self, address: &str) -> Result<Arc<NodeLink>, StoreError> {
+        let mut links = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(link) = links.get(address) {
+            return Ok(Arc::clone(link));
+        }
+        let link = NodeLink::new(address, &self.options)
+            .map_err(|error| StoreError::Unavailable(error.to_string()))?;
+        let link = Arc::new(link);
+        links.insert(address.to_owned(), Arc::clone(&link));
+        Ok(link)
+    }
+
+    pub(super) fn is_suspect(&self, address: &str) -> bool {
+        let suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
+        suspects.get(address).is_some_and(|until| Instant::now() < *until)
+    }
+
+    /// Remembers whether the node answered.
+    pub(super) fn noted<T>(&self, link: &NodeLink, answer: &Result<T, NodeError>) {
+        let mut suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
+        match answer {
+            Err(NodeError::Unreachable(_)) => {
+                suspects.insert(link.address().to_owned(), Instant::now() + SUSPECT_FOR);
+            }
+            _ if suspects.is_empty() => {}
+            _ => {
+                suspects.remove(link.address());
+            }
+        }
     }
 }
