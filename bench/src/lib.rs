@@ -1,1 +1,12 @@
-//! Benchmarks: us and the alternatives in the same run.
+//! What the benchmarks share: a repository of their own, the ioctls as a C program would call
+//! them, and figures.
+//!
+//! Every benchmark is a binary in `src/bin/` that runs us and, where there is one, the alternative
+//! in the same run, and prints the ratio: the machines are shared, so an absolute time means
+//! little. None of them passes or fails.
+
+pub mod disk_file;
+pub mod latency;
+pub mod qcow2;
+pub mod up;
+pub mod vm_channel;
