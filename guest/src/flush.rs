@@ -1,0 +1,178 @@
+//! Brings what the guest's kernel still holds back onto its disks.
+//!
+//! First every mounted file system that lives on a block device (`syncfs`), those mounted last
+//! first, because a loop device's file lies on one mounted before. Then every disk: `fsync` of the
+//! device writes what was written to it directly and makes it flush its cache.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags, fsync, open, syncfs};
+use rustix::io::Errno;
+
+use crate::error::GuestError;
+
+const MOUNTS: &str = "/proc/self/mountinfo";
+const DISKS: &str = "/sys/block";
+/// Devices of memory, of other devices' bytes, or with media that may be missing.
+const NO_DISKS: [&str; 5] = ["loop", "ram", "zram", "sr", "fd"];
+
+/// What was flushed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flushed {
+    /// File systems.
+    pub file_systems: usize,
+    /// Disks.
+    pub disks: usize,
+}
+
+/// Flushes every file system on a block device and every disk of this machine.
+///
+/// # Errors
+/// When one of them cannot be flushed: a checkpoint taken then would lack acknowledged bytes.
+pub fn everything() -> Result<Flushed, GuestError> {
+    let mounts = fs::read_to_string(MOUNTS).map_err(GuestError::io("read", MOUNTS))?;
+    let mut file_systems = 0;
+    for mount in block_mounts(&mounts).into_iter().rev() {
+        file_systems += usize::from(sync_mount(&mount)?);
+    }
+    let mut disks = 0;
+    for name in disk_names(Path::new(DISKS)).map_err(GuestError::io("list", DISKS))? {
+        disks += usize::from(sync_disk(&Path::new("/dev").join(name))?);
+    }
+    Ok(Flushed { file_systems, disks })
+}
+
+fn sync_mount(mount: &Path) -> Result<bool, GuestError> {
+    // Not as a path only: syncfs wants a file that was really opened.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    match open(mount, flags, Mode::empty()) {
+        Ok(fd) => {
+            syncfs(&fd).map_err(|e| GuestError::io("sync the file system", mount)(e.into()))?;
+            Ok(true)
+        }
+        // Unmounted since, or covered by another mount: then it is reached through none.
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) => Ok(false),
+        Err(error) => Err(GuestError::io("open the mount", mount)(error.into())),
+    }
+}
+
+fn sync_disk(device: &Path) -> Result<bool, GuestError> {
+    match open(device, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty()) {
+        Ok(fd) => {
+            fsync(&fd).map_err(|e| GuestError::io("flush the disk", device)(e.into()))?;
+            Ok(true)
+        }
+        Err(Errno::NOENT | Errno::NXIO | Errno::NODEV | Errno::NOMEDIUM | Errno::ACCESS) => {
+            Ok(false)
+        }
+        Err(error) => Err(GuestError::io("open the disk", device)(error.into())),
+    }
+}
+
+/// One mount point of each file system on a block device, in the order of mounting.
+fn block_mounts(mountinfo: &str) -> Vec<PathBuf> {
+    let mut seen = HashSet::new();
+    let mut found = Vec::new();
+    for line in mountinfo.lines() {
+        // 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
+        let mut fields = line.split(' ');
+        let (Some(device), Some(mount)) = (fields.nth(2), fields.nth(1)) else { continue };
+        let source = fields.skip_while(|f| *f != "-").nth(2).unwrap_or_default();
+        // btrfs has a device number of no block device (0:N), but its source is one.
+        let on_block_device = !device.starts_with("0:") || source.starts_with("/dev/");
+        if on_block_device && seen.insert(device) {
+            found.push(PathBuf::from(unescape(mount)));
+        }
+    }
+    found
+}
+
+/// mountinfo writes blanks, tabs, newlines and backslashes as `\ooo`.
+fn unescape(field: &str) -> std::ffi::OsString {
+    use std::os::unix::ffi::OsStringExt;
+    let bytes = field.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let octal = field.get(at + 1..at + 4).and_then(|o| u8::from_str_radix(o, 8).ok());
+        match (bytes[at], octal) {
+            (b'\\', Some(byte)) => {
+                out.push(byte);
+                at += 4;
+            }
+            (byte, _) => {
+                out.push(byte);
+                at += 1;
+            }
+        }
+    }
+    std::ffi::OsString::from_vec(out)
+}
+
+fn disk_names(dir: &Path) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        let is_disk = !NO_DISKS.iter().any(|prefix| {
+            name.strip_prefix(prefix).is_some_and(|n| n.starts_with(|c: char| c.is_ascii_digit()))
+        });
+        if is_disk {
+            // A name like cciss/c0d0 is written with '!' there.
+            names.push(name.replace('!', "/"));
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Makes a file's bytes and its directory entry durable.
+pub(crate) fn sync_file_and_dir(file: &File, dir: &Path) -> io::Result<()> {
+    file.sync_all()?;
+    File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_systems_on_block_devices_are_found_once() {
+        let mountinfo = "\
+21 1 254:0 / / rw,relatime - ext4 /dev/root rw
+22 21 0:20 / /proc rw - proc proc rw
+23 21 0:5 / /dev rw shared:2 - devtmpfs dev rw
+24 21 254:16 / /data\\040disk rw master:1 shared:7 - xfs /dev/vdb rw
+25 21 254:0 /var /srv rw - ext4 /dev/root rw
+26 21 0:40 / /pool rw - btrfs /dev/vdc rw
+27 24 7:0 / /loop rw - ext4 /dev/loop0 rw
+28 21 0:41 / /net rw - nfs4 server:/x rw
+broken line
+";
+        let found = block_mounts(mountinfo);
+        let expected: Vec<PathBuf> =
+            ["/", "/data disk", "/pool", "/loop"].iter().map(PathBuf::from).collect();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn escapes_are_undone_and_stray_ones_kept() {
+        for (field, plain) in
+            [("a\\040b", "a b"), ("a\\134", "a\\"), ("a\\", "a\\"), ("\\9", "\\9")]
+        {
+            assert_eq!(unescape(field), plain);
+        }
+    }
+
+    #[test]
+    fn disks_are_told_from_memory_and_loops() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["vda", "loop0", "ram1", "zram0", "sr0", "fd0", "nvme0n1", "cciss!c0d0", "srv"]
+        {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        assert_eq!(disk_names(dir.path()).unwrap(), ["cciss/c0d0", "nvme0n1", "srv", "vda"]);
+    }
+}
