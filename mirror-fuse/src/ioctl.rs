@@ -208,7 +208,10 @@ impl<const LEN: usize> Structure<LEN> {
 
     /// Cuts a text that is too long at a character, and leaves a NUL at its end.
     fn text(&mut self, at: Range<usize>, text: &str) {
-        let len = text.floor_char_boundary(at.len() - 1);
+        let mut len = text.len().min(at.len() - 1);
+        while !text.is_char_boundary(len) {
+            len -= 1;
+        }
         self.0[at.start..at.start + len].copy_from_slice(&text.as_bytes()[..len]);
     }
 }

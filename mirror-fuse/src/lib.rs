@@ -2,10 +2,12 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`base`] | the read-only bytes of snapshots |
 //! | [`cache`] | the clean chunks of a host, shared by all its disks |
 //! | [`disk`] | the local mirror: a writable disk over a snapshot |
 //! | [`ioctl`] | CLONE, COMMIT and STATUS of a disk, as bytes |
 
+pub mod base;
 pub mod cache;
 pub mod disk;
 pub mod ioctl;

@@ -6,8 +6,8 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | [`index`] | the on-disk index of a slab |
-//! | [`slab`] | the slots of one chunk size: lookup, reading without a global lock, the clock |
+//! | `index` | the on-disk index of a slab |
+//! | `slab` | the slots of one chunk size: lookup, reading without a global lock, the clock |
 //! | this one | the bound on all slabs together, and what a caller sees |
 
 mod index;
