@@ -21,7 +21,7 @@ pub async fn lookup(
 ) -> Result<Vec<Option<Hash>>, TreeError> {
     let mut found = vec![None; count];
     let mut walk = Walk::new(root, first..first.saturating_add(count as u64));
-    while let Some(chunks) = walk.next(source, &mut |_, _, _| true).await? {
+    while let Some(chunks) = walk.next(source, &mut |_, _, _| true, None).await? {
         for (index, id) in chunks {
             found[(index - first) as usize] = Some(id);
         }

@@ -32,7 +32,7 @@ pub use geometry::{FanOut, Geometry, GeometryError, Root};
 pub use lookup::lookup;
 pub use source::NodeSource;
 pub use update::{Change, NewNode, Updated, Updater, update};
-pub use walk::{Present, Reached, for_each_node, for_each_present};
+pub use walk::{Lost, Present, Reached, for_each_node, for_each_present, survey};
 
 use crate::store::StoreError;
 use node::NodeError;

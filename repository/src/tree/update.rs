@@ -27,8 +27,8 @@ pub struct NewNode {
 pub struct Updated {
     /// Its root, to be published once all nodes are durable.
     pub root: Root,
-    /// Nodes that the tree has and its base did not have in that place; children before parents,
-    /// each once.
+    /// Nodes that the tree has and its base did not have in that place, each once. A node comes
+    /// after all of its children that are not stored yet.
     pub new_nodes: Vec<NewNode>,
 }
 
@@ -135,8 +135,8 @@ impl Updater {
         vec![None; self.geometry.fan_out.slots()]
     }
 
-    /// Takes the next changes, and returns nodes that are finished: children before parents, to be
-    /// stored in any order before the root is published.
+    /// Takes the next changes, and returns nodes that are finished, in the order of
+    /// [`Updated::new_nodes`]: all are to be stored before the root is published.
     ///
     /// # Errors
     /// As [`update`]. The update is then of no more use.

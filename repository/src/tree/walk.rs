@@ -58,11 +58,12 @@ impl Walk {
 
     /// Reads until it comes to chunks, and returns those: `(chunk index, identity)`, in order;
     /// `None` at the end. Before a node is read, `enter` is asked; where it says no, the node and
-    /// all below it are left out.
+    /// all below it are left out. With `lost`, so is a damaged node, after telling it.
     pub(super) async fn next(
         &mut self,
         source: &dyn NodeSource,
         enter: &mut (dyn FnMut(u32, u64, Hash) -> bool + Send),
+        mut lost: Option<&mut (dyn FnMut(Lost) + Send)>,
     ) -> Result<Option<Vec<(u64, Hash)>>, TreeError> {
         while let Some(top) = self.pending.last_mut() {
             let level = top.level;
@@ -76,10 +77,27 @@ impl Walk {
             if top.places.is_empty() {
                 self.pending.pop();
             }
-            let nodes = fetch(source, &self.geometry, level, &places).await?;
             let mut below = VecDeque::new();
-            for ((position, _), node) in places.iter().zip(&nodes) {
-                self.expand(level, *position, node, &mut below);
+            let mut parts = vec![&places[..]];
+            while let Some(part) = parts.pop() {
+                match fetch(source, &self.geometry, level, part).await {
+                    Ok(nodes) => {
+                        for ((position, _), node) in part.iter().zip(&nodes) {
+                            self.expand(level, *position, node, &mut below);
+                        }
+                    }
+                    Err(error) if error.is_damage() && lost.is_some() => match part {
+                        [place] => lost.iter_mut().for_each(|lost| {
+                            lost(self.lost(level, *place, error.clone()));
+                        }),
+                        // Which one it is, and what the others are.
+                        _ => {
+                            let (left, right) = part.split_at(part.len() / 2);
+                            parts.extend([right, left]);
+                        }
+                    },
+                    Err(error) => return Err(error),
+                }
             }
             if below.is_empty() {
                 continue;
@@ -90,6 +108,12 @@ impl Walk {
             self.pending.push(Pending { level: level - 1, places: below });
         }
         Ok(None)
+    }
+
+    fn lost(&self, level: u32, (position, id): (u64, Hash), error: TreeError) -> Lost {
+        let first = self.geometry.first_chunk(level, position, 0);
+        let end = self.geometry.first_chunk(level, position + 1, 0).min(self.geometry.chunks());
+        Lost { id, level, chunks: first..end, error }
     }
 
     /// The children of a node that have chunks of the range below them.
@@ -124,7 +148,7 @@ impl Present {
         &mut self,
         source: &dyn NodeSource,
     ) -> Result<Option<Vec<(u64, Hash)>>, TreeError> {
-        let page = self.0.next(source, &mut |_, _, _| true).await;
+        let page = self.0.next(source, &mut |_, _, _| true, None).await;
         if page.is_err() {
             self.0.pending.clear();
         }
@@ -184,17 +208,52 @@ pub async fn for_each_node(
     root: &Root,
     visit: &mut (dyn FnMut(Reached) -> bool + Send),
 ) -> Result<(), TreeError> {
+    go_through(source, root, visit, None).await
+}
+
+/// A part of a tree that cannot be read.
+#[derive(Clone, Debug)]
+pub struct Lost {
+    /// The node.
+    pub id: Hash,
+    /// How far above the chunks it is.
+    pub level: u32,
+    /// The chunks that it covers: which of them are holes, nobody knows.
+    pub chunks: Range<u64>,
+    /// What is wrong with it.
+    pub error: TreeError,
+}
+
+/// As [`for_each_node`], but goes on past nodes that are damaged or lost and tells each of them:
+/// for a verification that is to find all damage. The collector must not use it, for what is below
+/// a lost node would seem to be nobody's.
+///
+/// # Errors
+/// When nodes cannot be reached at present.
+pub async fn survey(
+    source: &dyn NodeSource,
+    root: &Root,
+    visit: &mut (dyn FnMut(Reached) -> bool + Send),
+    lost: &mut (dyn FnMut(Lost) + Send),
+) -> Result<(), TreeError> {
+    go_through(source, root, visit, Some(lost)).await
+}
+
+async fn go_through(
+    source: &dyn NodeSource,
+    root: &Root,
+    visit: &mut (dyn FnMut(Reached) -> bool + Send),
+    mut lost: Option<&mut (dyn FnMut(Lost) + Send)>,
+) -> Result<(), TreeError> {
     let geometry = root.geometry;
     let mut walk = Walk::new(root, 0..geometry.chunks());
     loop {
         let mut enter = |level, position, id| {
-            visit(Reached::Node {
-                id,
-                level,
-                first_chunk: geometry.first_chunk(level, position, 0),
-            })
+            let first_chunk = geometry.first_chunk(level, position, 0);
+            visit(Reached::Node { id, level, first_chunk })
         };
-        let Some(chunks) = walk.next(source, &mut enter).await? else { return Ok(()) };
+        let lost = lost.as_mut().map(|lost| &mut **lost as &mut (dyn FnMut(Lost) + Send));
+        let Some(chunks) = walk.next(source, &mut enter, lost).await? else { return Ok(()) };
         for (index, id) in chunks {
             visit(Reached::Chunk { id, index });
         }

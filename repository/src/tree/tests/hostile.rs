@@ -8,10 +8,10 @@ use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::super::node::{Node, NodeError, node_bytes_max};
-use super::super::{GeometryError, Updater};
+use super::super::{GeometryError, Lost, Updater, survey};
 use super::{
-    Change, FanOut, Geometry, NodeSource, Nodes, Root, StoreError, TreeError, chunk_sizes, content,
-    diff, fan_outs, for_each_node, for_each_present, lookup, now, update,
+    Change, FanOut, Geometry, NodeSource, Nodes, Reached, Root, StoreError, TreeError, chunk_sizes,
+    content, diff, fan_outs, for_each_node, for_each_present, lookup, now, update,
 };
 
 fn geometry(chunks: u64, fan_out: u32) -> Geometry {
@@ -250,6 +250,63 @@ fn a_node_beyond_the_end_is_refused() {
             );
         }
     }
+}
+
+#[test]
+fn a_survey_finds_all_damage_and_all_else() {
+    let nodes = Nodes::default();
+    let it = geometry(20_000, 2);
+    let model: BTreeMap<u64, Hash> = (0..20_000).map(|i| (i, content(i))).collect();
+    let root = nodes.build(it, &model);
+    let leaves: Vec<(u64, Hash)> = nodes
+        .walk(&root)
+        .into_iter()
+        .filter_map(|reached| match reached {
+            Reached::Node { id, level: 0, first_chunk } => Some((first_chunk, id)),
+            _ => None,
+        })
+        .collect();
+    let gone = [leaves[0], leaves[7], leaves[4095], leaves[9999]];
+    for (_, id) in &gone {
+        nodes.stored.lock().unwrap().remove(id);
+    }
+    let (mut chunks, mut last, mut lost) = (0, None, Vec::new());
+    let mut visit = |reached| {
+        if let Reached::Chunk { index, .. } = reached {
+            assert!(last.replace(index).is_none_or(|last| last < index), "ascending");
+            chunks += 1;
+        }
+        true
+    };
+    let mut tell = |part: Lost| lost.push((part.id, part.level, part.chunks));
+    let (result, cost) = nodes.cost_of(|| now(survey(&nodes, &root, &mut visit, &mut tell)));
+    assert!(result.is_ok());
+    assert!(cost.requests < 200, "damage is found by halves, not node by node: {cost:?}");
+    assert_eq!(chunks, 20_000 - 8);
+    let expected: Vec<_> = gone.iter().map(|(first, id)| (*id, 0, *first..first + 2)).collect();
+    assert_eq!(lost, expected);
+    assert!(now(for_each_node(&nodes, &root, &mut |_| true)).unwrap_err().is_damage());
+    assert!(now(survey(&Away, &root, &mut |_| true, &mut |_| {})).unwrap_err().is_transient());
+}
+
+/// What was seen before is not read again.
+#[test]
+fn a_collector_marks_only_what_is_new() {
+    let nodes = Nodes::default();
+    let it = geometry(4096, 16);
+    let full: Vec<Change> = (0..4096).map(|i| (i, Some(content(i)))).collect();
+    let first = nodes.update(&Root::empty(it), it, &full);
+    let second = nodes.update(&first.root, it, &[(77, Some(content(!0)))]);
+    let mut marked = std::collections::HashSet::new();
+    for (root, new) in [(first.root, first.new_nodes.len()), (second.root, 3)] {
+        let mut visit = |reached| match reached {
+            Reached::Node { id, .. } | Reached::Chunk { id, .. } => marked.insert(id),
+        };
+        let (result, cost) = nodes.cost_of(|| now(for_each_node(&nodes, &root, &mut visit)));
+        assert!(result.is_ok());
+        assert_eq!(cost.nodes, new as u64);
+    }
+    assert_eq!(marked.len(), nodes.len() + 4096 + 1);
 }
 
 /// Answers too few nodes.

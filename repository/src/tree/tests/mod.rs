@@ -6,7 +6,7 @@ mod model;
 mod shadowing;
 mod sparse;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::future::Future;
 use std::sync::Mutex;
 
@@ -60,8 +60,15 @@ impl Nodes {
     /// Checks the promises on new nodes, and stores them.
     fn store(&self, new_nodes: &[NewNode]) {
         let mut stored = self.stored.lock().unwrap();
+        let ids: HashSet<Hash> = new_nodes.iter().map(|node| node.id).collect();
+        assert_eq!(ids.len(), new_nodes.len(), "each once");
+        let mut later: HashSet<Hash> =
+            ids.into_iter().filter(|id| !stored.contains_key(id)).collect();
         for node in new_nodes {
             assert_eq!(node.id, Hash::of(&node.encoding));
+            later.remove(&node.id);
+            let mut children = node.encoding.rchunks_exact(Hash::LEN).filter_map(Hash::from_slice);
+            assert!(children.all(|id| !later.contains(&id)), "children before parents");
             stored.insert(node.id, node.encoding.clone());
         }
     }

@@ -188,6 +188,12 @@ fn the_largest_disk_at_every_chunk_size_and_fan_out() {
             let cut = Geometry::new(1, chunk_size, fan_out).unwrap();
             let small = nodes.update(&root, cut, &[]).root;
             assert_eq!(small, nodes.build(cut, &BTreeMap::from([(0, content(0))])));
+            let nothing = Geometry::new(0, chunk_size, fan_out).unwrap();
+            for root in [&root, &small] {
+                let gone = nodes.update(root, nothing, &[]).root;
+                assert_eq!(gone, Root::empty(nothing));
+                assert_eq!(nodes.update(&gone, geometry, &[]).root, Root::empty(geometry));
+            }
             let holes: Vec<Change> = model.keys().map(|index| (*index, None)).collect();
             assert_eq!(nodes.update(&root, geometry, &holes).root, Root::empty(geometry));
         }
