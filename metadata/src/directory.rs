@@ -1,0 +1,253 @@
+//! The directory of a metadata service: who uses it, and what format it has.
+//!
+//! ```text
+//! DIR/LOCK      locked by the process that uses the directory; holds its id
+//! DIR/FORMAT    one line: "blobcr-metadata", the version, the store, CRC-32C of the three in hex
+//! DIR/sled/     the store
+//! ```
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use blobcr_proto::codec::crc32c;
+use rustix::fs::FlockOperation;
+
+/// The version of the directory's format.
+const VERSION: u32 = 1;
+const MAGIC: &str = "blobcr-metadata";
+const STORE: &str = "sled";
+/// A FORMAT file is one short line; what is longer is not ours.
+const FORMAT_BYTES_MAX: u64 = 256;
+
+/// Why a directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DirectoryError {
+    /// A file could not be made, read or synced.
+    #[error("cannot use the metadata directory {}: {path}: {source}", dir.display(), path = path.display())]
+    Io {
+        /// The directory.
+        dir: PathBuf,
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Another process uses it.
+    #[error(
+        "the metadata directory {} is in use{}; stop that process, or give this one a directory \
+         of its own", dir.display(), by(.pid)
+    )]
+    InUse {
+        /// The directory.
+        dir: PathBuf,
+        /// The other process, when it left its id.
+        pid: Option<u32>,
+    },
+    /// It was made by a newer program.
+    #[error(
+        "the metadata directory {} has format {version}, and this program reads up to {VERSION}; \
+         use the program that wrote it, or a newer one", dir.display()
+    )]
+    Newer {
+        /// The directory.
+        dir: PathBuf,
+        /// Its format.
+        version: u32,
+    },
+    /// It is not what it should be.
+    #[error("the metadata directory {} is damaged: {detail}; restore it from a copy", dir.display())]
+    Damaged {
+        /// The directory.
+        dir: PathBuf,
+        /// What is wrong.
+        detail: String,
+    },
+}
+
+fn by(pid: &Option<u32>) -> String {
+    pid.map_or_else(String::new, |pid| format!(" by process {pid}"))
+}
+
+/// A directory that this process alone uses, until it is dropped.
+#[derive(Debug)]
+pub struct Directory {
+    dir: PathBuf,
+    // Keeps the lock; the kernel lets go of it when the process dies.
+    _lock: File,
+}
+
+impl Directory {
+    /// Takes a directory, which is made when it is not there.
+    ///
+    /// # Errors
+    /// See [`DirectoryError`].
+    pub fn open(dir: &Path) -> Result<Self, DirectoryError> {
+        let io = |path: &Path| {
+            let (dir, path) = (dir.to_owned(), path.to_owned());
+            move |source| DirectoryError::Io { dir: dir.clone(), path: path.clone(), source }
+        };
+        std::fs::create_dir_all(dir).map_err(io(dir))?;
+        let path = dir.join("LOCK");
+        let lock = lock(dir, &path, io(&path))?;
+        let path = dir.join("FORMAT");
+        let store = dir.join(STORE);
+        match read_format(&path).map_err(io(&path))? {
+            Some(line) => check_format(dir, &line)?,
+            None if store.exists() => {
+                let detail = "there is a store but no FORMAT file".to_owned();
+                return Err(DirectoryError::Damaged { dir: dir.to_owned(), detail });
+            }
+            None => write_format(dir, &path).map_err(io(&path))?,
+        }
+        Ok(Self { dir: dir.to_owned(), _lock: lock })
+    }
+
+    /// Where the store is.
+    #[must_use]
+    pub fn store(&self) -> PathBuf {
+        self.dir.join(STORE)
+    }
+}
+
+fn lock(
+    dir: &Path,
+    path: &Path,
+    io: impl Fn(io::Error) -> DirectoryError,
+) -> Result<File, DirectoryError> {
+    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+    let mut file = open.map_err(&io)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut text = String::new();
+            let read = file.take(32).read_to_string(&mut text);
+            let pid = read.ok().and_then(|_| text.trim().parse().ok());
+            return Err(DirectoryError::InUse { dir: dir.to_owned(), pid });
+        }
+        Err(errno) => return Err(io(errno.into())),
+    }
+    file.set_len(0).map_err(&io)?;
+    file.rewind().map_err(&io)?;
+    writeln!(file, "{}", std::process::id()).map_err(&io)?;
+    Ok(file)
+}
+
+fn format_line(version: u32) -> String {
+    let line = format!("{MAGIC} {version} {STORE}");
+    format!("{line} {:08x}\n", crc32c(line.as_bytes()))
+}
+
+fn read_format(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    match File::open(path) {
+        Ok(file) => {
+            let mut line = Vec::new();
+            file.take(FORMAT_BYTES_MAX).read_to_end(&mut line)?;
+            Ok(Some(line))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn check_format(dir: &Path, line: &[u8]) -> Result<(), DirectoryError> {
+    let damaged = |detail: &str| {
+        Err(DirectoryError::Damaged { dir: dir.to_owned(), detail: detail.to_owned() })
+    };
+    let text = std::str::from_utf8(line).ok().and_then(|line| line.strip_suffix('\n'));
+    let Some((line, sum)) = text.and_then(|text| text.rsplit_once(' ')) else {
+        return damaged("its FORMAT file is not one line of text");
+    };
+    if format!("{:08x}", crc32c(line.as_bytes())) != sum {
+        return damaged("the checksum of its FORMAT file does not match");
+    }
+    let mut words = line.split(' ');
+    let version = (words.next() == Some(MAGIC)).then(|| words.next()?.parse::<u32>().ok());
+    match version.flatten() {
+        Some(version) if version > VERSION => {
+            return Err(DirectoryError::Newer { dir: dir.to_owned(), version });
+        }
+        Some(VERSION) => {}
+        _ => return damaged("its FORMAT file is not that of a metadata directory"),
+    }
+    if words.next() != Some(STORE) {
+        return damaged("its FORMAT file names another store");
+    }
+    Ok(())
+}
+
+/// Writes the FORMAT file so that it is there whole or not at all, whenever the power fails.
+fn write_format(dir: &Path, path: &Path) -> io::Result<()> {
+    let new = dir.join("FORMAT.new");
+    let mut file = File::create(&new)?;
+    file.write_all(format_line(VERSION).as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(&new, path)?;
+    File::open(dir)?.sync_all()?;
+    match dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(dir: &Path) -> String {
+        Directory::open(dir).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_second_user_is_refused_by_name_and_let_in_afterwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Directory::open(dir.path()).unwrap();
+        let message = open(dir.path());
+        let pid = std::process::id();
+        assert!(message.contains(&format!("in use by process {pid}")), "{message}");
+        assert!(message.contains(&dir.path().display().to_string()), "{message}");
+        drop(first);
+        Directory::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn the_format_file_of_version_1_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Directory::open(dir.path()).unwrap());
+        let line = std::fs::read_to_string(dir.path().join("FORMAT")).unwrap();
+        assert_eq!(line, include_str!("../golden/FORMAT-v1"));
+    }
+
+    #[test]
+    fn a_newer_format_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("FORMAT"), format_line(2)).unwrap();
+        let message = open(dir.path());
+        assert!(message.contains("has format 2") && message.contains("newer one"), "{message}");
+    }
+
+    #[test]
+    fn a_damaged_format_file_is_refused() {
+        let good = format_line(VERSION).into_bytes();
+        for at in 0..good.len() {
+            let dir = tempfile::tempdir().unwrap();
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            std::fs::write(dir.path().join("FORMAT"), bad).unwrap();
+            let message = open(dir.path());
+            assert!(message.contains("damaged"), "byte {at}: {message}");
+        }
+        for bad in ["", "\n", "blobcr-metadata", &"x".repeat(1000)] {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("FORMAT"), bad).unwrap();
+            assert!(open(dir.path()).contains("damaged"), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_store_without_a_format_file_is_not_taken_for_a_new_one() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join(STORE)).unwrap();
+        assert!(open(dir.path()).contains("no FORMAT file"));
+    }
+}

@@ -1,0 +1,1 @@
+//! Tests of the envelope that all records share.

@@ -1,0 +1,432 @@
+//! The embedded backend: sled 0.34 in one directory, with the syncs that it leaves out.
+//!
+//! # What makes an acknowledged swap survive power loss
+//! sled's own `flush` writes its log with `pwrite` and `sync_file_range`, which flushes neither the
+//! device's cache nor the file's size and extents. So this backend commits in groups on one thread:
+//!
+//! 1. the swaps that wait are checked against the tree and against each other;
+//! 2. those that may happen go to sled as one batch, which its recovery takes whole or not at all;
+//! 3. `flush` writes sled's log, then **`fdatasync` of its file** makes it durable;
+//! 4. only then are the new values shown to readers and watchers, and the swaps acknowledged.
+//!
+//! sled runs without its flush thread, so nothing reaches the file behind the back of step 3.
+//! sled may give a segment of its log to new records once whatever replaced the old ones is
+//! *stable*, which to sled means `sync_file_range`. That is too early only when the replacing and the
+//! overwriting records are in one group, between two syncs; a group is far smaller than a segment
+//! ([`GROUP_BYTES_MAX`], [`SEGMENT_BYTES`]) and a segment is given away only after the next one has
+//! begun, so it cannot be. When the store opens, everything that an earlier process left in the page
+//! cache is synced before sled reads it, because sled trusts what it reads.
+//!
+//! sled puts values above a quarter of a segment into files of their own, which it never syncs;
+//! [`super::VALUE_BYTES_MAX`] keeps its pages below that.
+//!
+//! A write or sync that fails poisons the store: it refuses everything until it is opened again.
+//!
+//! # Layout
+//! In sled's default tree: `k` + key → version (8 bytes, big endian) + value; `r` → the newest
+//! version, so that versions are not given twice after a delete.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::ops::Bound;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
+
+use self::commit::{Committer, Pending};
+use super::watchers::Watchers;
+use super::{Entry, Key, MetaStore, Page, StoreError, Swap, Version, Watch, check_key, page_limit};
+use crate::directory::Directory;
+
+mod commit;
+
+/// Swaps in one group at most: bounds how long the first of them waits.
+pub const GROUP_SWAPS_MAX: usize = 256;
+
+/// Bytes of the swaps of one group at most (one more swap may cross it). With what sled adds this
+/// stays far below [`SEGMENT_BYTES`]; see the module.
+pub const GROUP_BYTES_MAX: usize = 256 << 10;
+
+/// sled's log segment. Eight times its default, so that a page of the largest values stays below
+/// the quarter at which sled would write it to a file of its own.
+const SEGMENT_BYTES: usize = 4 << 20;
+
+/// Memory for sled's page cache: the records of some hundred thousand snapshots.
+const CACHE_BYTES: u64 = 64 << 20;
+
+/// Swaps that wait for the commit thread before callers wait for room.
+const QUEUE_SWAPS_MAX: usize = 1024;
+
+/// How long opening waits for sled's file lock. A store that was just closed in this process lets go
+/// of it a moment later, when sled's own threads end.
+const OPEN_WAIT: Duration = Duration::from_secs(5);
+const OPEN_RETRY: Duration = Duration::from_millis(5);
+
+/// Makes what sled has written durable. Separate so that tests can make it fail.
+pub trait Durability: Send + 'static {
+    /// Returns when every byte written to sled's file before the call is durable.
+    ///
+    /// # Errors
+    /// When that cannot be said: the store is then poisoned.
+    fn sync(&mut self) -> io::Result<()>;
+}
+
+/// `fdatasync` of sled's file. The descriptor was opened before sled wrote, so it sees every
+/// write-back error of the file.
+#[derive(Debug)]
+struct FileDurability(File);
+
+impl Durability for FileDurability {
+    fn sync(&mut self) -> io::Result<()> {
+        self.0.sync_data()
+    }
+}
+
+type Old = Option<(Version, Bytes)>;
+
+/// What readers and the commit thread share.
+#[derive(Debug)]
+struct Shared {
+    tree: sled::Tree,
+    /// The values before the group that is being committed, of the keys that it changes: readers see
+    /// these until the group is durable. Held for writing while sled's tree changes, so no reader
+    /// walks a tree that is being changed.
+    before: RwLock<BTreeMap<Key, Old>>,
+    watchers: Watchers,
+    poison: OnceLock<String>,
+}
+
+impl Shared {
+    fn alive(&self) -> Result<(), StoreError> {
+        match self.poison.get() {
+            Some(detail) => Err(StoreError::Poisoned { detail: detail.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    fn poison(&self, detail: String) -> StoreError {
+        let detail = self.poison.get_or_init(|| {
+            tracing::error!(%detail, "the metadata store stops");
+            detail
+        });
+        self.watchers.close();
+        StoreError::Poisoned { detail: detail.clone() }
+    }
+
+    fn before(&self) -> RwLockReadGuard<'_, BTreeMap<Key, Old>> {
+        // The map itself cannot be half-changed; a commit thread that died has poisoned the store.
+        self.before.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The newest value, durable or not.
+    fn newest(&self, key: &Key) -> Result<Old, StoreError> {
+        self.tree.get(tree_key(key)).map_err(damaged)?.map(|value| parse(&value)).transpose()
+    }
+
+    fn get(&self, key: &Key) -> Result<Option<Entry>, StoreError> {
+        let before = self.before();
+        let value = match before.get(key) {
+            Some(old) => old.clone(),
+            None => self.newest(key)?,
+        };
+        drop(before);
+        self.alive()?;
+        Ok(value.map(|(version, value)| Entry { key: key.clone(), value, version }))
+    }
+
+    fn list(&self, prefix: &[u8], after: Option<&Key>, limit: usize) -> Result<Page, StoreError> {
+        let first = Key::new(prefix.to_vec());
+        let start = match after {
+            Some(after) if *after >= first => Bound::Excluded(after.clone()),
+            _ => Bound::Included(first),
+        };
+        let before = self.before();
+        let mut old = before
+            .range((start.clone(), Bound::Unbounded))
+            .take_while(|(key, _)| key.as_slice().starts_with(prefix))
+            .peekable();
+        let mut new = self
+            .tree
+            .range::<Vec<u8>, _>((start.as_ref().map(tree_key), Bound::Unbounded))
+            .map(|pair| pair.map_err(damaged))
+            .take_while(|pair| pair.as_ref().map_or(true, |(key, _)| under(key, prefix)))
+            .peekable();
+        let mut page = Page { entries: Vec::new(), more: false };
+        loop {
+            let next_new = match new.peek() {
+                Some(Ok((key, _))) => Some(Key::new(key[1..].to_vec())),
+                Some(Err(error)) => return Err(error.clone()),
+                None => None,
+            };
+            // The old value hides the new one of the same key.
+            let take_old = match (old.peek(), &next_new) {
+                (Some((key, _)), Some(next)) => *key <= next,
+                (Some(_), None) => true,
+                (None, _) => false,
+            };
+            let (key, value) = if take_old {
+                let Some((key, value)) = old.next() else { break };
+                if next_new.as_ref() == Some(key) {
+                    new.next();
+                }
+                let Some(value) = value.clone() else { continue };
+                (key.clone(), value)
+            } else {
+                let (Some(key), Some(pair)) = (next_new, new.next()) else { break };
+                (key, parse(&pair?.1)?)
+            };
+            if page.entries.len() == limit {
+                page.more = true;
+                break;
+            }
+            page.entries.push(Entry { key, value: value.1, version: value.0 });
+        }
+        drop(before);
+        self.alive()?;
+        Ok(page)
+    }
+}
+
+const KEY_TAG: u8 = b'k';
+const REVISION_KEY: &[u8] = b"r";
+
+fn tree_key(key: &Key) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(1 + key.as_slice().len());
+    bytes.push(KEY_TAG);
+    bytes.extend_from_slice(key.as_slice());
+    bytes
+}
+
+fn under(tree_key: &[u8], prefix: &[u8]) -> bool {
+    tree_key.split_first().is_some_and(|(tag, key)| *tag == KEY_TAG && key.starts_with(prefix))
+}
+
+fn tree_value(version: Version, value: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(8 + value.len());
+    bytes.extend_from_slice(&version.0.to_be_bytes());
+    bytes.extend_from_slice(value);
+    bytes
+}
+
+fn parse(stored: &[u8]) -> Result<(Version, Bytes), StoreError> {
+    let (version, value) = stored.split_first_chunk::<8>().ok_or_else(|| StoreError::Damaged {
+        detail: format!("a value of {} bytes has no version", stored.len()),
+    })?;
+    Ok((Version(u64::from_be_bytes(*version)), Bytes::copy_from_slice(value)))
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "used as a function to map errors with")]
+fn damaged(error: sled::Error) -> StoreError {
+    StoreError::Damaged { detail: error.to_string() }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct SledStore {
+    shared: Arc<Shared>,
+    queue: Option<mpsc::Sender<Pending>>,
+    committer: Option<JoinHandle<()>>,
+    // Dropped last.
+    _directory: Option<Directory>,
+}
+
+/// Why a store was not opened.
+#[derive(Debug, thiserror::Error)]
+pub enum SledOpenError {
+    /// A file or directory could not be made, read or synced.
+    #[error("cannot open the metadata store at {}: {source}", path.display())]
+    Io {
+        /// Which one.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// sled refused its files.
+    #[error("cannot open the metadata store at {}: {source}; restore it from a copy", path.display())]
+    Sled {
+        /// Its directory.
+        path: PathBuf,
+        /// What sled said.
+        source: sled::Error,
+    },
+    /// Its content is not ours.
+    #[error("cannot open the metadata store at {}: {source}", path.display())]
+    Content {
+        /// Its directory.
+        path: PathBuf,
+        /// What was found.
+        source: StoreError,
+    },
+}
+
+impl SledStore {
+    /// Opens the store in `dir`, which is made when it is not there. Only one at a time may be open;
+    /// the caller holds a lock to that end.
+    ///
+    /// # Errors
+    /// When the directory cannot be used or its content is damaged.
+    pub async fn open(dir: &Path) -> Result<Self, SledOpenError> {
+        let dir = dir.to_owned();
+        let task = tokio::task::spawn_blocking(move || Self::open_blocking(&dir, None));
+        task.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+    }
+
+    /// As [`SledStore::open`], with syncs that a test decides about.
+    ///
+    /// # Errors
+    /// As [`SledStore::open`].
+    #[cfg(any(test, feature = "testing"))]
+    pub async fn open_with(
+        dir: &Path,
+        durability: Box<dyn Durability>,
+    ) -> Result<Self, SledOpenError> {
+        let dir = dir.to_owned();
+        let task = tokio::task::spawn_blocking(move || Self::open_blocking(&dir, Some(durability)));
+        task.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+    }
+
+    /// Keeps the lock of a directory for as long as the store is open.
+    #[must_use]
+    pub fn holding(mut self, directory: Directory) -> Self {
+        self._directory = Some(directory);
+        self
+    }
+
+    fn open_blocking(
+        dir: &Path,
+        durability: Option<Box<dyn Durability>>,
+    ) -> Result<Self, SledOpenError> {
+        let io = |source| SledOpenError::Io { path: dir.to_owned(), source };
+        std::fs::create_dir_all(dir).map_err(io)?;
+        // What an earlier process left in the page cache: sled is about to trust it.
+        sync_tree(dir).map_err(io)?;
+        let db = open_sled(dir)?;
+        let file = File::open(dir.join("db")).map_err(io)?;
+        let content = |source| SledOpenError::Content { path: dir.to_owned(), source };
+        let sled_error = |source| SledOpenError::Sled { path: dir.to_owned(), source };
+        let tree = (*db).clone();
+        let revision = match tree.get(REVISION_KEY).map_err(sled_error)? {
+            None => 0,
+            Some(bytes) => parse(&bytes).map_err(content)?.0.0,
+        };
+        db.flush().map_err(sled_error)?;
+        // What sled made: its files, their names, and the name of the directory itself.
+        sync_tree(dir).map_err(io)?;
+        if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            File::open(parent).and_then(|parent| parent.sync_all()).map_err(io)?;
+        }
+        let shared = Arc::new(Shared {
+            tree,
+            before: RwLock::default(),
+            watchers: Watchers::default(),
+            poison: OnceLock::new(),
+        });
+        let durability = durability.unwrap_or_else(|| Box::new(FileDurability(file)));
+        let (queue, pending) = mpsc::channel(QUEUE_SWAPS_MAX);
+        let committer = Committer::new(db, Arc::clone(&shared), durability, revision);
+        let committer = std::thread::Builder::new()
+            .name("metadata-commit".to_owned())
+            .spawn(move || committer.run(pending))
+            .map_err(io)?;
+        Ok(Self { shared, queue: Some(queue), committer: Some(committer), _directory: None })
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&Shared) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.shared.alive()?;
+        let shared = Arc::clone(&self.shared);
+        match tokio::task::spawn_blocking(move || read(&shared)).await {
+            Ok(result) => result,
+            Err(error) => Err(self.shared.poison(format!("a read failed: {error}"))),
+        }
+    }
+}
+
+impl Drop for SledStore {
+    fn drop(&mut self) {
+        self.queue = None;
+        if let Some(committer) = self.committer.take()
+            && committer.join().is_err()
+        {
+            tracing::error!("the commit thread of the metadata store had panicked");
+        }
+        self.shared.watchers.close();
+    }
+}
+
+fn open_sled(dir: &Path) -> Result<sled::Db, SledOpenError> {
+    let config = sled::Config::new()
+        .path(dir)
+        .flush_every_ms(None)
+        .segment_size(SEGMENT_BYTES)
+        .cache_capacity(CACHE_BYTES);
+    let since = Instant::now();
+    loop {
+        match config.open() {
+            Ok(db) => return Ok(db),
+            Err(sled::Error::Io(error))
+                if error.to_string().contains("could not acquire lock")
+                    && since.elapsed() < OPEN_WAIT =>
+            {
+                std::thread::sleep(OPEN_RETRY);
+            }
+            Err(source) => return Err(SledOpenError::Sled { path: dir.to_owned(), source }),
+        }
+    }
+}
+
+/// Syncs every file and directory below `dir`, and `dir` itself.
+fn sync_tree(dir: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            sync_tree(&entry.path())?;
+        } else {
+            File::open(entry.path())?.sync_all()?;
+        }
+    }
+    File::open(dir)?.sync_all()
+}
+
+#[async_trait]
+impl MetaStore for SledStore {
+    async fn get(&self, key: &Key) -> Result<Option<Entry>, StoreError> {
+        check_key(key)?;
+        let key = key.clone();
+        self.blocking(move |shared| shared.get(&key)).await
+    }
+
+    async fn swap(&self, swap: Swap) -> Result<Version, StoreError> {
+        swap.check()?;
+        self.shared.alive()?;
+        let (reply, answer) = oneshot::channel();
+        let ended = || self.shared.poison("the commit thread has ended".to_owned());
+        let Some(queue) = &self.queue else { return Err(ended()) };
+        queue.send(Pending { swap, reply }).await.map_err(|_| ended())?;
+        answer.await.map_err(|_| ended())?
+    }
+
+    async fn list(
+        &self,
+        prefix: &[u8],
+        after: Option<&Key>,
+        limit: usize,
+    ) -> Result<Page, StoreError> {
+        let limit = page_limit(limit)?;
+        let (prefix, after) = (prefix.to_vec(), after.cloned());
+        self.blocking(move |shared| shared.list(&prefix, after.as_ref(), limit)).await
+    }
+
+    async fn watch(&self, prefix: &[u8]) -> Result<Watch, StoreError> {
+        self.shared.alive()?;
+        Ok(self.shared.watchers.add(prefix))
+    }
+}

@@ -1,0 +1,56 @@
+//! What the service does by itself, and the one runner for it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio::time::MissedTickBehavior;
+
+use crate::error::Error;
+use crate::version_manager::VersionManager;
+
+/// Pause between two rounds. A dead writer's snapshots are failed so much later than its lease runs
+/// out, at most.
+pub const ROUND: Duration = Duration::from_secs(1);
+
+/// Runs the tasks until it is dropped, or the version manager is.
+#[derive(Debug)]
+pub(crate) struct Tasks(JoinHandle<()>);
+
+impl Tasks {
+    pub(crate) fn start(manager: &Arc<VersionManager>) -> Self {
+        // Not kept alive by its own tasks.
+        let manager = Arc::downgrade(manager);
+        Self(tokio::spawn(async move {
+            let mut rounds = tokio::time::interval(ROUND);
+            rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            loop {
+                rounds.tick().await;
+                let Some(manager) = manager.upgrade() else { return };
+                if let Err(error) = round(&manager).await {
+                    tracing::warn!(%error, "a round of the metadata service's tasks failed");
+                }
+            }
+        }))
+    }
+
+    /// Stops them between two awaits of theirs, and returns when they have stopped.
+    pub(crate) async fn stop(&mut self) {
+        self.0.abort();
+        // Cancelled, or ended by itself: either way it has stopped.
+        drop((&mut self.0).await);
+    }
+}
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// One round: what dead writers left, then removals that were interrupted.
+async fn round(manager: &VersionManager) -> Result<(), Error> {
+    manager.expire_leases().await?;
+    manager.finish_removals().await?;
+    Ok(())
+}
