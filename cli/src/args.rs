@@ -1,0 +1,467 @@
+//! What the command line may say.
+
+use std::path::PathBuf;
+
+use blobcr_proto::name::parse_snapshot_number;
+use blobcr_proto::{DiskName, ImageName, ImageSpec, PoolName, VmName};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::size::parse_size;
+
+/// Lazily mirrored, checkpointed virtual disks.
+///
+/// Data goes to stdout, everything else to stderr. Exit codes: 0 done, 2 usage, 3 not found,
+/// 4 conflict, 5 repository unavailable, 6 integrity error, 1 anything else.
+#[derive(Debug, Parser)]
+#[command(name = "blobcr", version, propagate_version = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every verb.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Where the repository is: the address of a metadata server or of a mirror, or the
+    /// directory of a `blobcr up` on this machine
+    #[arg(long, global = true, env = "BLOBCR_ENDPOINT", value_name = "ADDR|DIR")]
+    pub endpoint: Option<String>,
+    /// One JSON object or array on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to log on stderr, for example `info` or `blobcr_mirror_fuse=debug,warn`
+    #[arg(long, global = true, env = "BLOBCR_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Everything on one machine, until Ctrl-C
+    Up(UpArgs),
+    /// Named, versioned virtual disks
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Writable disks of a host
+    #[command(subcommand)]
+    Disk(DiskCommand),
+    /// Immutable versions of images
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// Virtual machines that may ask for checkpoints
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Sets of repository nodes with one redundancy policy
+    #[command(subcommand)]
+    Pool(PoolCommand),
+    /// Repository nodes
+    #[command(subcommand)]
+    Node(NodeCommand),
+    /// The state of the repository and of this host's disks
+    Status,
+    /// Checks what this machine needs, and says how to mend it
+    Doctor(DoctorArgs),
+    /// The metadata server (role)
+    Metadata(MetadataArgs),
+    /// A chunk server (role)
+    RepoNode(RepoNodeArgs),
+    /// The disks of a host, served through FUSE (role)
+    Mirror(MirrorArgs),
+    /// The checkpoint channels of a host's VMs (role)
+    Proxy(ProxyArgs),
+}
+
+impl Command {
+    /// Whether it serves until it is told to stop.
+    #[must_use]
+    pub const fn is_role(&self) -> bool {
+        matches!(
+            self,
+            Self::Up(_) | Self::Metadata(_) | Self::RepoNode(_) | Self::Mirror(_) | Self::Proxy(_)
+        )
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Makes an image from a file; `-` is stdin
+    Import(ImportArgs),
+    /// Writes a snapshot to a file
+    Export(ExportArgs),
+    /// Lists the images
+    List,
+    /// Tells about one image
+    Info { image: ImageName },
+    /// A new image that starts as a copy of a snapshot; no data moves
+    Clone {
+        #[arg(value_name = "IMAGE[@N]")]
+        source: ImageSpec,
+        #[arg(value_name = "NEW")]
+        name: ImageName,
+    },
+    /// Removes an image, or one of its snapshots
+    Remove {
+        #[arg(value_name = "IMAGE[@N]")]
+        image: ImageSpec,
+    },
+}
+
+/// Format of an image file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ImportFormat {
+    /// By the file's first bytes
+    Auto,
+    Raw,
+    Qcow2,
+}
+
+/// Format of an exported file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportFormat {
+    Raw,
+    Qcow2,
+}
+
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    pub file: PathBuf,
+    pub image: ImageName,
+    #[arg(long, value_enum, default_value = "auto")]
+    pub format: ImportFormat,
+    /// The pool to store it in
+    #[arg(long, default_value = DEFAULT_POOL)]
+    pub pool: PoolName,
+    /// Power of two from 64K to 4M [default: 256K]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub chunk_size: Option<u64>,
+    /// Where a qcow2 file (or stdin) is unpacked while it is read; needs room for its data
+    #[arg(long, value_name = "DIR", env = "TMPDIR", default_value = "/var/tmp")]
+    pub temp_dir: PathBuf,
+    /// Read the other files that a qcow2 file names. Only for files that you trust
+    #[arg(long)]
+    pub allow_backing_file: bool,
+}
+
+/// The pool that is used when none is named.
+pub const DEFAULT_POOL: &str = "default";
+
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    #[arg(value_name = "IMAGE[@N]")]
+    pub source: ImageSpec,
+    pub file: PathBuf,
+    #[arg(long, value_enum, default_value = "raw")]
+    pub format: ExportFormat,
+    /// Replace a file that exists
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DiskCommand {
+    /// Makes a writable disk of a snapshot and prints the path of its raw file
+    Attach {
+        #[arg(value_name = "IMAGE[@N]")]
+        source: ImageSpec,
+        disk: DiskName,
+        /// Grow the disk to this size
+        #[arg(long, value_parser = parse_size)]
+        size: Option<u64>,
+    },
+    /// Lists the disks of this host
+    List,
+    /// Tells about one disk
+    Info { disk: DiskName },
+    /// Removes a disk from this host; its snapshots stay in the repository
+    Detach {
+        disk: DiskName,
+        /// Throw away what is in no stable snapshot
+        #[arg(long)]
+        discard_changes: bool,
+    },
+    /// Makes a snapshot of a disk in the background
+    Checkpoint {
+        disk: DiskName,
+        /// Return when it is stable
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Puts a disk back to a snapshot of its own (the newest stable one)
+    Rollback {
+        disk: DiskName,
+        #[arg(value_name = "@N", value_parser = parse_at_number)]
+        number: Option<u64>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Lists the snapshots of an image
+    List { image: ImageName },
+    /// Returns when a snapshot is stable
+    Wait {
+        #[arg(value_name = "IMAGE@N", value_parser = parse_snapshot)]
+        snapshot: ImageSpec,
+        /// Give up after so many seconds
+        #[arg(long, value_name = "SECONDS")]
+        timeout: Option<u64>,
+    },
+    /// Lists the ranges in which two snapshots differ
+    Diff {
+        #[arg(value_name = "IMAGE@A", value_parser = parse_snapshot)]
+        from: ImageSpec,
+        #[arg(value_name = "IMAGE@B", value_parser = parse_snapshot)]
+        to: ImageSpec,
+    },
+    /// Reads a whole snapshot and checks every byte of it
+    Verify {
+        #[arg(value_name = "IMAGE@N", value_parser = parse_snapshot)]
+        snapshot: ImageSpec,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// Opens a VM's checkpoint channel and prints its socket
+    Add {
+        vm: VmName,
+        /// The VM's disks; all of them are checkpointed behind one barrier
+        #[arg(long = "disk", value_name = "DISK", required = true, num_args = 1..)]
+        disks: Vec<DiskName>,
+    },
+    /// Lists the VMs of this host
+    List,
+    /// Closes a VM's channel
+    Remove { vm: VmName },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PoolCommand {
+    /// Makes a pool
+    Create {
+        pool: PoolName,
+        /// `replica:N`: every chunk on N nodes
+        #[arg(long)]
+        policy: String,
+        /// off, lz4, zstd or adaptive
+        #[arg(long, default_value = "adaptive")]
+        compression: String,
+    },
+    /// Lists the pools
+    List,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// Lists the repository nodes
+    List,
+}
+
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// The directory that a role will use
+    #[arg(long, default_value = ".")]
+    pub dir: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct UpArgs {
+    /// Where everything is kept; made if it is missing
+    #[arg(long)]
+    pub dir: PathBuf,
+    /// Repository nodes [default: as many as the directory has, or as the policy needs]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub nodes: Option<u32>,
+    /// Redundancy of the pool `default`, which the first start makes [default: replica:1]
+    #[arg(long, value_name = "POLICY")]
+    pub pool: Option<String>,
+    /// Where images and disks show [default: DIR/mnt]
+    #[arg(long)]
+    pub mount: Option<PathBuf>,
+    /// Address to serve at; port 0 takes a free one
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    pub listen: String,
+    #[command(flatten)]
+    pub limits: MirrorLimits,
+}
+
+/// What a mirror may use of its host.
+#[derive(Debug, Clone, Args)]
+pub struct MirrorLimits {
+    /// Bytes of clean chunks to keep on the local disk
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16G")]
+    pub cache: u64,
+    /// Memory for the old bytes of chunks that are written while a snapshot is persisted
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "256M")]
+    pub aside: u64,
+    /// Local disk for those bytes once the memory is full
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "4G")]
+    pub spill: u64,
+    /// How long a read waits for a repository that cannot be reached
+    #[arg(long, value_name = "SECONDS", default_value_t = REPOSITORY_WAIT_S)]
+    pub repository_wait: u64,
+}
+
+/// A day: guests that see an I/O error turn their file systems read-only for good.
+const REPOSITORY_WAIT_S: u64 = 24 * 3600;
+
+#[derive(Debug, Args)]
+pub struct MetadataArgs {
+    /// Address to serve at; port 0 takes a free one
+    #[arg(long, value_name = "ADDR")]
+    pub listen: String,
+    /// Where the records are kept; made if it is missing
+    #[arg(long)]
+    pub dir: PathBuf,
+    /// The store behind it
+    #[arg(long, default_value = "sled", value_parser = ["sled"])]
+    pub store: String,
+    /// Redundancy of the pool `default`, which the first start makes
+    #[arg(long, value_name = "POLICY", default_value = "replica:1")]
+    pub pool: String,
+}
+
+#[derive(Debug, Args)]
+pub struct RepoNodeArgs {
+    /// Address to serve at; port 0 takes a free one
+    #[arg(long, value_name = "ADDR")]
+    pub listen: String,
+    /// Where the chunks are kept; made if it is missing
+    #[arg(long)]
+    pub dir: PathBuf,
+    /// Metadata servers, comma-separated
+    #[arg(long, value_name = "ADDRS", value_delimiter = ',', required = true)]
+    pub metadata: Vec<String>,
+    /// Failure domain; two copies never share one [default: the node itself]
+    #[arg(long, value_name = "NAME")]
+    pub domain: Option<String>,
+    /// The address that others use, where it is not the one of --listen
+    #[arg(long, value_name = "ADDR")]
+    pub advertise: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct MirrorArgs {
+    /// Address to serve at; port 0 takes a free one
+    #[arg(long, value_name = "ADDR")]
+    pub listen: String,
+    /// Where the disks and the cache are kept; made if it is missing
+    #[arg(long)]
+    pub dir: PathBuf,
+    /// Metadata servers, comma-separated
+    #[arg(long, value_name = "ADDRS", value_delimiter = ',', required = true)]
+    pub metadata: Vec<String>,
+    /// Where images and disks show; made if it is missing
+    #[arg(long)]
+    pub mount: PathBuf,
+    #[command(flatten)]
+    pub limits: MirrorLimits,
+}
+
+#[derive(Debug, Args)]
+pub struct ProxyArgs {
+    /// The mirror of this host
+    #[arg(long, value_name = "ADDR")]
+    pub mirror: String,
+    /// Where each VM's socket is made; made if it is missing
+    #[arg(long, value_name = "DIR")]
+    pub sockets: PathBuf,
+    /// Address to serve the `vm` verbs at; the mirror tells it to who asks there
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    pub listen: String,
+}
+
+fn parse_snapshot(text: &str) -> Result<ImageSpec, String> {
+    let spec: ImageSpec = text.parse().map_err(|e: blobcr_proto::name::NameError| e.to_string())?;
+    if spec.number.is_none() {
+        return Err(format!("say which snapshot: {spec}@N"));
+    }
+    Ok(spec)
+}
+
+fn parse_at_number(text: &str) -> Result<u64, String> {
+    parse_snapshot_number(text.strip_prefix('@').unwrap_or(text)).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("blobcr").chain(line.split(' ')))
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_line_of_the_design_parses() {
+        for line in [
+            "up --dir d",
+            "up --dir d --nodes 3 --pool replica:2 --mount m --listen 127.0.0.1:0",
+            "image import f i",
+            "image import f i --format auto --pool p",
+            "image export i@3 f --format qcow2",
+            "image list",
+            "image info i",
+            "image clone i@2 n",
+            "image remove i",
+            "image remove i@2",
+            "disk attach i d",
+            "disk attach i@1 d --json",
+            "disk list",
+            "disk info d",
+            "disk detach d",
+            "disk checkpoint d --wait",
+            "disk rollback d",
+            "disk rollback d @2",
+            "snapshot list i",
+            "snapshot wait i@1",
+            "snapshot diff i@1 i@2",
+            "snapshot verify i@1",
+            "vm add v --disk a b",
+            "vm add v --disk a --disk b",
+            "vm list",
+            "vm remove v",
+            "node list",
+            "pool create p --policy replica:3",
+            "pool list",
+            "status --json --endpoint 127.0.0.1:1",
+            "doctor",
+            "metadata --listen 127.0.0.1:0 --dir d --store sled",
+            "repo-node --listen 127.0.0.1:0 --dir d --metadata a:1,b:2 --domain rack1",
+            "mirror --listen 127.0.0.1:0 --dir d --metadata a:1 --mount m",
+            "proxy --mirror a:1 --sockets d",
+        ] {
+            parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
+        }
+    }
+
+    #[test]
+    fn bad_names_are_usage_errors() {
+        let long = "n".repeat(300);
+        for name in ["a/b", "..", "a\u{1}b", "", long.as_str()] {
+            for line in [
+                format!("image info {name}"),
+                format!("disk attach base {name}"),
+                format!("vm add {name} --disk d"),
+                format!("image import f {name}"),
+            ] {
+                let error = parse(&line).expect_err(&line);
+                assert_eq!(error.exit_code(), 2, "{line}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_snapshot_must_be_named_where_one_is_needed() {
+        let error = parse("snapshot wait base").unwrap_err().to_string();
+        assert!(error.contains("base@N"), "{error}");
+        assert!(parse("snapshot wait base@0").is_err());
+        assert!(parse("disk rollback d @0").is_err());
+    }
+}

@@ -1,0 +1,75 @@
+//! Disk image files: what an import reads and an export writes.
+
+mod extents;
+mod qcow2;
+mod qemu_img;
+mod raw;
+mod spool;
+mod target;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::Context;
+
+use crate::args::{ImportArgs, ImportFormat};
+use crate::exit::{Exit, Refusal};
+
+pub use raw::RawFile;
+pub use target::Target;
+
+/// Opens what `image import` was given, as a raw file. A qcow2 file and stdin are unpacked to an
+/// unnamed temporary file first.
+///
+/// # Errors
+/// When the file is not there, is no regular file or block device, or is damaged.
+pub async fn open(args: &ImportArgs) -> anyhow::Result<RawFile> {
+    let what = || format!("cannot import {}", args.file.display());
+    if args.file == Path::new("-") {
+        let spooled = spool::stdin(&args.temp_dir).await.context("cannot import from stdin")?;
+        if wants_qcow2(args.format, &spooled)? {
+            let path = qemu_img::path_of(&spooled);
+            let raw = qcow2::unpack(&path, &spooled, args).await;
+            return RawFile::temporary(raw.context("cannot import from stdin")?);
+        }
+        return RawFile::temporary(spooled);
+    }
+    let file = File::open(&args.file).with_context(what)?;
+    let kind = file.metadata().with_context(what)?.file_type();
+    if kind.is_dir() {
+        return Err(Refusal::new(Exit::Usage, "it is a directory")).with_context(what);
+    }
+    if wants_qcow2(args.format, &file).with_context(what)? {
+        let raw = qcow2::unpack(&args.file, &file, args).await.with_context(what)?;
+        return RawFile::temporary(raw);
+    }
+    RawFile::open(file).with_context(what)
+}
+
+fn wants_qcow2(format: ImportFormat, file: &File) -> io::Result<bool> {
+    match format {
+        ImportFormat::Raw => Ok(false),
+        ImportFormat::Qcow2 => Ok(true),
+        ImportFormat::Auto => {
+            let mut head = Vec::new();
+            ReadAt { file, at: 0 }.take(qcow2::MAGIC.len() as u64).read_to_end(&mut head)?;
+            Ok(head == qcow2::MAGIC)
+        }
+    }
+}
+
+/// Reads a file from an offset on, without moving its cursor.
+struct ReadAt<'a> {
+    file: &'a File,
+    at: u64,
+}
+
+impl Read for ReadAt<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read_at(out, self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}

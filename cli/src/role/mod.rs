@@ -1,0 +1,5 @@
+//! The roles: processes that serve until they are told to stop.
+
+pub mod directory;
+pub mod proxy;
+pub mod serve;
