@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use tokio::sync::Semaphore;
 
-/// Below so many bytes hashing, coding and decoding take less time than moving to another thread does.
+/// Below so many bytes hashing, coding and decoding take less time than moving to another thread.
 const INLINE_BYTES: usize = 16 << 10;
 
 /// One at a time for each core: more would only take turns, and hold their buffers meanwhile.

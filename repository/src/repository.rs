@@ -8,8 +8,8 @@ use blobcr_proto::v1;
 
 use crate::client::{ConnectOptions, RemoteCatalog, RemotePools};
 use crate::nodes::CachedNodes;
-use crate::tree::NodeSource;
-use crate::{Catalog, CatalogError, ObjectStore};
+use crate::tree::{NodeSource, Root};
+use crate::{Catalog, CatalogError, ObjectStore, SnapshotReader};
 
 /// Makes the object store of a pool.
 #[async_trait]
@@ -116,5 +116,27 @@ impl Repository {
         let snapshot = self.0.catalog.get_snapshot(snapshot).await?;
         let by_id = v1::ImageRef { id: snapshot.image_id, name: String::new() };
         Ok((self.0.catalog.get_image(by_id).await?, snapshot))
+    }
+
+    /// Opens a stable snapshot for reading.
+    ///
+    /// # Errors
+    /// When there is none, it is not stable, or the metadata service cannot be reached.
+    pub async fn open(
+        &self,
+        snapshot: v1::SnapshotRef,
+    ) -> Result<(v1::Image, v1::Snapshot, SnapshotReader), CatalogError> {
+        let (image, snapshot) = self.snapshot(snapshot).await?;
+        let name = format!("{}@{}", image.name, snapshot.number);
+        if snapshot.state() != v1::SnapshotState::Stable {
+            let text = format!("{name} is not stable: it cannot be read");
+            return Err(CatalogError::Precondition(text));
+        }
+        let root = snapshot.root.clone().unwrap_or_default();
+        let root = Root::try_from(&root)
+            .map_err(|error| CatalogError::Invalid(format!("the root of {name}: {error}")))?;
+        let open = self.open_pool(image.pool).await?;
+        let reader = SnapshotReader::new(root, open.nodes, open.store);
+        Ok((image, snapshot, reader))
     }
 }

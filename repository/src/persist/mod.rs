@@ -11,6 +11,7 @@ use std::time::Duration;
 use blobcr_proto::v1;
 
 pub use bandwidth::Bandwidth;
+pub(crate) use retry::Retry;
 
 use crate::source::{ChunkSource, SourceError};
 use crate::tree::{Geometry, NodeSource, Root, TreeError};
@@ -120,6 +121,18 @@ pub enum PersistError {
     Tree(#[from] TreeError),
 }
 
+impl PersistError {
+    /// Whether the same job may succeed later without anybody mending the data.
+    #[must_use]
+    pub const fn is_transient(&self) -> bool {
+        match self {
+            Self::Invalid(_) | Self::Source(_) => false,
+            Self::Store(error) => error.is_transient(),
+            Self::Tree(error) => error.is_transient(),
+        }
+    }
+}
+
 /// Makes the chunks of `job` and the tree over them durable, and returns the root to publish.
 ///
 /// Memory is bounded by the limits, plus about 100 bytes for each chunk of the job. Each missing
@@ -136,3 +149,6 @@ pub async fn persist(
 ) -> Result<Persisted, PersistError> {
     pipeline::run(pool, nodes, job).await
 }
+
+#[cfg(test)]
+mod tests;

@@ -88,6 +88,11 @@ impl<O: std::hash::Hash + Eq + Copy, E: Clone> Faults<O, E> {
         Held(gate)
     }
 
+    /// Forgets what was planned and not met yet.
+    pub fn clear(&self) {
+        self.state().plans.clear();
+    }
+
     /// From now on everything fails with `error`, until [`Self::up`].
     pub fn down(&self, error: E) {
         self.state().down = Some(error);

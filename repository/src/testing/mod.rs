@@ -4,10 +4,12 @@
 mod catalog;
 mod faults;
 mod pool;
+mod source;
 
 pub use catalog::MemoryCatalog;
 pub use faults::{Faults, Held};
 pub use pool::{MemoryPool, PoolOperation};
+pub use source::MemoryDisk;
 
 use std::sync::Arc;
 
