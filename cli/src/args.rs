@@ -317,9 +317,9 @@ pub struct MetadataArgs {
     /// The store behind it
     #[arg(long, default_value = "sled", value_parser = ["sled"])]
     pub store: String,
-    /// Redundancy of the pool `default`, which the first start makes
-    #[arg(long, value_name = "POLICY", default_value = "replica:1")]
-    pub pool: String,
+    /// Redundancy of the pool `default`, which the first start makes [default: replica:1]
+    #[arg(long, value_name = "POLICY")]
+    pub pool: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -67,6 +67,12 @@ impl RemoteError {
     }
 }
 
+impl From<&tonic::Status> for RemoteError {
+    fn from(status: &tonic::Status) -> Self {
+        Self { code: status.code(), message: words(status) }
+    }
+}
+
 /// The message of a status; where the transport made it, the innermost reason instead.
 fn words(status: &tonic::Status) -> String {
     let mut innermost: Option<&(dyn std::error::Error + 'static)> =
@@ -118,6 +124,17 @@ fn of_tree(error: &TreeError) -> Exit {
     }
 }
 
+fn of_metadata(error: &blobcr_metadata::OpenError) -> Option<Exit> {
+    use blobcr_metadata::directory::DirectoryError;
+    match error {
+        blobcr_metadata::OpenError::Directory(DirectoryError::InUse { .. }) => Some(Exit::Conflict),
+        blobcr_metadata::OpenError::Directory(DirectoryError::Damaged { .. }) => {
+            Some(Exit::Integrity)
+        }
+        _ => None,
+    }
+}
+
 fn of_io(error: &io::Error) -> Exit {
     match error.kind() {
         io::ErrorKind::NotFound => Exit::NotFound,
@@ -141,6 +158,7 @@ pub fn code(failure: &anyhow::Error) -> Exit {
                 .or_else(|| error.downcast_ref().map(of_catalog))
                 .or_else(|| error.downcast_ref().map(of_store))
                 .or_else(|| error.downcast_ref().map(of_tree))
+                .or_else(|| error.downcast_ref().and_then(of_metadata))
                 .or_else(|| error.downcast_ref().map(of_io))
         })
         .unwrap_or(Exit::Other)

@@ -92,7 +92,8 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Status => verbs::status::run(&open().await?, output).await,
         Command::Doctor(args) => doctor::run(&args, global.endpoint.as_deref(), output).await,
         Command::Proxy(args) => role::proxy::run(args, output).await,
-        Command::Up(_) | Command::Metadata(_) | Command::RepoNode(_) | Command::Mirror(_) => {
+        Command::Metadata(args) => role::metadata::run(args, output).await,
+        Command::Up(_) | Command::RepoNode(_) | Command::Mirror(_) => {
             anyhow::bail!("not wired yet")
         }
     }

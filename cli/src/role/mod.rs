@@ -1,5 +1,7 @@
 //! The roles: processes that serve until they are told to stop.
 
 pub mod directory;
+pub mod lock;
+pub mod metadata;
 pub mod proxy;
 pub mod serve;
