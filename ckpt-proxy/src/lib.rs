@@ -25,6 +25,8 @@ mod records;
 mod requests;
 mod service;
 mod sockets;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod upstream;
 
 pub use error::ProxyError;
