@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# The one list of commands of this project. `./do help` prints it.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# The first line of each command's comment is its line in the help.
+
+# demo [IMAGE]   A real guest checkpoints, is killed, and resumes; IMAGE: a raw or qcow2 file of yours
+do_demo() {
+  step "Install what is missing"
+  tests/setup.sh
+  need_rust
+  step "Build"
+  cargo build --release --locked -p blobcr-cli -p blobcr-tests --bins
+  step "Run"
+  exec target/release/blobcr-demo "$@"
+}
+
+# test [ARGS]    Everything that a change must pass; ARGS select tests (as for the test runner)
+do_test() {
+  step "Install what is missing"
+  tests/setup.sh
+  need_rust
+  local mounts_before processes_before started=$SECONDS
+  mounts_before=$(our_mounts)
+  processes_before=$(our_processes)
+  [ $# -gt 0 ] || do_check
+  step "Build"
+  # The end-to-end tests run the real command: the binary beside theirs.
+  cargo build --locked -p blobcr-cli
+  cargo test --locked --workspace --no-run --quiet
+  step "Unit, property, integration and end-to-end tests"
+  local log outcome=0
+  log=$(mktemp)
+  if cargo nextest --version >/dev/null 2>&1; then
+    cargo nextest run --locked --workspace --no-fail-fast "$@" 2>&1 | tee "$log" || outcome=$?
+  else
+    cargo test --locked --workspace --no-fail-fast "$@" 2>&1 | tee "$log" || outcome=$?
+  fi
+  step "Nothing is left mounted or running"
+  local left
+  left=$(comm -13 <(echo "$mounts_before") <(our_mounts); comm -13 <(echo "$processes_before") <(our_processes))
+  if [ -n "$left" ]; then
+    printf 'left behind:\n%s\n' "$left"
+    outcome=1
+  fi
+  step "Done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s"
+  count "$log"
+  rm -f "$log"
+  return "$outcome"
+}
+
+# check          Format, lints, documentation links; licences and advisories where cargo-deny is installed
+do_check() {
+  step "Format"
+  cargo fmt --all --check
+  step "Lints"
+  cargo clippy --locked --workspace --all-targets -- -D warnings
+  step "Licences, advisories, duplicates"
+  if cargo deny --version >/dev/null 2>&1; then
+    cargo deny --locked check
+  else
+    echo "cargo-deny is not installed: left out (cargo install cargo-deny)"
+  fi
+}
+
+# bench [ARGS]   Downtime of COMMIT by how much is dirty, beside qcow2
+do_bench() {
+  need_rust
+  cargo build --release --locked -p blobcr-cli -p blobcr-bench
+  exec target/release/checkpoint_downtime "$@"
+}
+
+# help           This list
+do_help() {
+  sed -n '/^# \([a-z]\+\) .*/{s/^# /  .\/do /;p}' "$0"
+}
+
+step() { printf '\n== %s\n' "$*"; }
+
+# The oldest compiler that builds this (rust-version in Cargo.toml).
+need_rust() {
+  local needed have
+  needed=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+  have=$(rustc --version 2>/dev/null | cut -d' ' -f2) || true
+  if [ -z "$have" ] || [ "$(printf '%s\n' "$needed" "$have" | sort -V | head -n1)" != "$needed" ]; then
+    echo "Rust $needed or later is needed (found: ${have:-none}): install it from https://rustup.rs" >&2
+    exit 1
+  fi
+}
+
+our_mounts() { awk '$3 ~ /^fuse/ && $1 ~ /blobcr/ { print $2 }' /proc/mounts | sort; }
+
+our_processes() {
+  local exe
+  for exe in /proc/[0-9]*/exe; do
+    case $(readlink "$exe" 2>/dev/null) in
+      "$PWD"/target/*/blobcr | "$PWD"/target/*/blobcr' (deleted)') echo "process ${exe//[^0-9]/}" ;;
+    esac
+  done | sort
+}
+
+# The last line: how many passed and how many failed, whichever runner it was.
+count() {
+  awk '
+    { gsub(/\033\[[0-9;]*m/, "") }
+    # nextest: Summary [ 12.3s] 45 tests run: 44 passed (1 slow), 1 failed, 0 skipped
+    /Summary \[/ {
+      for (i = 2; i <= NF; i++) {
+        if ($i ~ /^passed/) passed += $(i - 1)
+        if ($i ~ /^failed/ || $i ~ /^timed/) failed += $(i - 1)
+      }
+    }
+    # cargo test: test result: ok. 12 passed; 0 failed; ...
+    /^test result:/ { passed += $4; failed += $6 }
+    END { printf "%d passed, %d failed\n", passed, failed }
+  ' "$1"
+}
+
+command=${1:-help}
+[ $# -eq 0 ] || shift
+if declare -F "do_$command" >/dev/null; then
+  "do_$command" "$@"
+else
+  echo "there is no ./do $command" >&2
+  do_help >&2
+  exit 2
+fi
