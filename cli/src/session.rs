@@ -1,7 +1,9 @@
 //! From one endpoint to every role that a verb needs.
 
+use std::path::Path;
 use std::time::Duration;
 
+use anyhow::Context;
 use blobcr_proto::v1::checkpoint_client::CheckpointClient;
 use blobcr_proto::v1::directory_client::DirectoryClient;
 use blobcr_proto::v1::mirror_client::MirrorClient;
@@ -26,6 +28,17 @@ pub async fn describe(address: &str) -> anyhow::Result<Description> {
     Ok(answer.map_err(|status| RemoteError::new("blobcr", address, &status))?.into_inner())
 }
 
+/// What to do about an endpoint that does not answer.
+fn start_hint(endpoint: &str) -> String {
+    if Path::new(endpoint).is_dir() {
+        return format!(
+            "the blobcr of {endpoint} does not answer; if it was killed, start it again with \
+             `blobcr up --dir {endpoint}`"
+        );
+    }
+    format!("no repository answers at {endpoint}; start it, or name another with --endpoint")
+}
+
 /// The roles that one endpoint leads to.
 #[derive(Debug, Clone)]
 pub struct Session {
@@ -42,7 +55,8 @@ impl Session {
     /// When none is named, or it does not answer.
     pub async fn open(endpoint: Option<&str>) -> anyhow::Result<Self> {
         let address = endpoint::resolve(endpoint)?;
-        let mut description = describe(&address).await?;
+        let mut description =
+            describe(&address).await.with_context(|| start_hint(endpoint.unwrap_or_default()))?;
         // Where an endpoint names no address for a role that it is itself, this one led there.
         match description.role.as_str() {
             "metadata" => description.metadata = vec![address.clone()],

@@ -92,7 +92,7 @@ async fn refuse_taken(repository: &Repository, name: &ImageName) -> anyhow::Resu
 
 async fn pool_named(repository: &Repository, name: &str) -> anyhow::Result<v1::Pool> {
     let by_name = v1::PoolRef { name: name.to_owned(), id: 0 };
-    match repository.catalog().get_pool(by_name).await {
+    match repository.catalog().get_pool(by_name.clone()).await {
         Err(CatalogError::NotFound(_)) => {
             let message = format!(
                 "there is no pool {name}; list them with `blobcr pool list`, or make it with \
@@ -100,7 +100,12 @@ async fn pool_named(repository: &Repository, name: &str) -> anyhow::Result<v1::P
             );
             Err(Refusal::new(Exit::NotFound, message).into())
         }
-        answer => Ok(answer?),
+        Err(e) => Err(e.into()),
+        Ok(pool) => {
+            // Too few nodes for its policy are told before anything is read.
+            repository.catalog().get_placement(by_name).await?;
+            Ok(pool)
+        }
     }
 }
 
