@@ -16,6 +16,8 @@
 //! has checked. A node does not say where in the disk it is, so that equal parts of a disk share
 //! nodes; but it says how far above the chunks it is, so no node can be its own descendant.
 
+use std::ops::Range;
+
 use blobcr_proto::{ChunkSize, Hash};
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -185,25 +187,36 @@ impl Node {
         self.encoding[fixed..].as_chunks().0
     }
 
+    fn is_present(&self, slot: usize) -> bool {
+        self.bitmap().get(slot / 8).is_some_and(|byte| byte >> (slot % 8) & 1 == 1)
+    }
+
+    /// How many children are present before `slot`.
+    fn rank(&self, slot: usize) -> usize {
+        let (whole, part) = self.bitmap().split_at(slot / 8);
+        let within = part.first().map_or(0, |byte| byte & ((1u8 << (slot % 8)) - 1));
+        (whole.iter().map(|byte| byte.count_ones()).sum::<u32>() + within.count_ones()) as usize
+    }
+
     /// The identity of child `slot`; `None` when it is absent.
     #[must_use]
     pub fn child(&self, slot: usize) -> Option<Hash> {
-        let bitmap = self.bitmap();
-        let (byte, bit) = (slot / 8, slot % 8);
-        if bitmap.get(byte)? >> bit & 1 == 0 {
-            return None;
-        }
-        let before: u32 = bitmap[..byte].iter().map(|byte| byte.count_ones()).sum();
-        let within = (bitmap[byte] & ((1u8 << bit) - 1)).count_ones();
-        Some(Hash(self.hashes()[(before + within) as usize]))
+        self.is_present(slot).then(|| Hash(self.hashes()[self.rank(slot)]))
     }
 
     /// The children that are present, in order, each with its slot.
     pub fn children(&self) -> impl Iterator<Item = (usize, Hash)> + '_ {
-        let slots = self.bitmap().iter().enumerate().flat_map(|(byte, bits)| {
-            (0..8).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| byte * 8 + bit)
-        });
-        slots.zip(self.hashes().iter().map(|hash| Hash(*hash)))
+        self.children_in(0..self.fan_out.slots())
+    }
+
+    /// Those of [`Self::children`] that are in some slots.
+    pub(super) fn children_in(
+        &self,
+        slots: Range<usize>,
+    ) -> impl Iterator<Item = (usize, Hash)> + '_ {
+        let slots = slots.start..slots.end.min(self.fan_out.slots());
+        let hashes = &self.hashes()[self.rank(slots.start)..];
+        slots.filter(|slot| self.is_present(*slot)).zip(hashes.iter().map(|hash| Hash(*hash)))
     }
 
     /// The slot of the last child that is present.

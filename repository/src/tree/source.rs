@@ -40,15 +40,19 @@ pub(super) async fn fetch(
     places: &[(u64, Hash)],
 ) -> Result<Vec<Node>, TreeError> {
     let mut ids = Vec::with_capacity(places.len());
-    let mut index_of = HashMap::with_capacity(places.len());
-    for (_, id) in places {
-        index_of.entry(*id).or_insert_with(|| {
-            ids.push(*id);
-            ids.len() - 1
-        });
-    }
-    if ids.is_empty() {
-        return Ok(Vec::new());
+    let mut index_of = HashMap::new();
+    match places {
+        [] => return Ok(Vec::new()),
+        // The way to one chunk is what is read most.
+        [(_, id)] => ids.push(*id),
+        _ => {
+            for (_, id) in places {
+                index_of.entry(*id).or_insert_with(|| {
+                    ids.push(*id);
+                    ids.len() - 1
+                });
+            }
+        }
     }
     let encodings = source.nodes(&ids).await?;
     if encodings.len() != ids.len() {
@@ -59,11 +63,11 @@ pub(super) async fn fetch(
         let node = Node::decode(encoding, geometry, level);
         nodes.push(node.map_err(|error| TreeError::Node { id: *id, error })?);
     }
-    let mut found = Vec::with_capacity(places.len());
-    for (position, id) in places {
-        let node = &nodes[index_of[id]];
-        super::walk::check_extent(geometry, level, *position, *id, node)?;
-        found.push(node.clone());
+    if ids.len() < places.len() {
+        nodes = places.iter().map(|(_, id)| nodes[index_of[id]].clone()).collect();
     }
-    Ok(found)
+    for ((position, id), node) in places.iter().zip(&nodes) {
+        super::walk::check_extent(geometry, level, *position, *id, node)?;
+    }
+    Ok(nodes)
 }

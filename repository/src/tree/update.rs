@@ -156,7 +156,10 @@ impl Updater {
         changes: &[Change],
     ) -> Result<(), TreeError> {
         self.check_changes(changes)?;
-        for changes in changes.chunks(window(self.geometry.fan_out)) {
+        let mut rest = changes;
+        while !rest.is_empty() {
+            let (changes, later) = rest.split_at(self.window_of(rest));
+            rest = later;
             let indices: Vec<u64> = changes.iter().map(|(index, _)| *index).collect();
             let mut loaded = self.load(source, &indices, true).await?;
             for (index, id) in changes {
@@ -167,6 +170,13 @@ impl Updater {
             }
         }
         Ok(())
+    }
+
+    /// How many of the changes one window has: as many as are below one window of nodes.
+    fn window_of(&self, changes: &[Change]) -> usize {
+        let leaf = |change: &Change| self.geometry.position(0, change.0);
+        let leaves = changes.chunk_by(|a, b| leaf(a) == leaf(b));
+        leaves.take(window(self.geometry.fan_out)).map(<[Change]>::len).sum()
     }
 
     fn check_changes(&self, changes: &[Change]) -> Result<(), TreeError> {

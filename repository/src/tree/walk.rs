@@ -118,13 +118,12 @@ impl Walk {
 
     /// The children of a node that have chunks of the range below them.
     fn expand(&self, level: u32, position: u64, node: &Node, below: &mut VecDeque<(u64, Hash)>) {
-        let span = 1u64 << (self.geometry.fan_out.bits() * level);
-        for (slot, id) in node.children() {
-            let first = self.geometry.first_chunk(level, position, slot);
-            if first < self.range.end && first + span > self.range.start {
-                below.push_back(((position << self.geometry.fan_out.bits()) + slot as u64, id));
-            }
-        }
+        let bits = self.geometry.fan_out.bits();
+        let first = self.geometry.first_chunk(level, position, 0);
+        let slot = |index: u64| (index.saturating_sub(first) >> (bits * level)) as usize;
+        let slots = slot(self.range.start)..slot(self.range.end - 1) + 1;
+        let children = node.children_in(slots);
+        below.extend(children.map(|(slot, id)| ((position << bits) + slot as u64, id)));
     }
 }
 

@@ -34,7 +34,7 @@ fn costs(nodes: &Nodes, before: &Root, root: &Root) -> Vec<Cost> {
 
 #[test]
 fn ten_thousand_snapshots_cost_what_ten_cost() {
-    for fan_out in [2, 16, FanOut::DEFAULT.get(), 256] {
+    for fan_out in [2, 16, 64, FanOut::DEFAULT.get()] {
         let nodes = Nodes::default();
         let fan_out = FanOut::new(fan_out).unwrap();
         let geometry = Geometry::new(CHUNKS << 18, ChunkSize::DEFAULT, fan_out).unwrap();

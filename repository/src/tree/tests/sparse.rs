@@ -266,6 +266,7 @@ fn a_rewritten_disk_reads_no_leaves() {
     let (updated, cost) = nodes.cost_of(|| nodes.update(&root, geometry, &of(1)));
     assert_eq!(cost.nodes, 1 + 4, "the top and the four below it");
     assert_eq!(updated.new_nodes.len(), 63 + 4 + 1);
+    assert_eq!(cost.requests, u64::from(geometry.depth()) - 1);
     let again = nodes.update(&updated.root, geometry, &of(1));
     assert_eq!(again.root, updated.root);
     assert_eq!(again.new_nodes, [], "equal bytes make no new nodes");

@@ -3,9 +3,15 @@
 //!
 //! Nodes and bytes are counted and processor time is measured, over nodes in memory. What a cluster
 //! adds is modelled, with the parameters printed: a round trip for each request (a tree is read
-//! with one request per level), the time of the bytes on the wire, and a fixed cost for each
-//! record that a node server reads or stores. The pick has the least mean, over all operations and
-//! image sizes, of how many times its cost is that of the best fan-out for that operation.
+//! with one request per level, and nothing of it is cached), the time of the bytes on the wire, and
+//! a fixed cost for each record that a node server reads or stores. The chunks that are found or
+//! committed are part of the cost, as they are for who waits for it. The pick has the least mean,
+//! over all operations and image sizes, of how many times its cost is that of the best fan-out for
+//! that operation, among those whose tree adds little to the data of scattered commits: a wide
+//! node is written whole for one chunk that changed, does not compress, and is kept as long as the
+//! snapshot.
+
+mod report;
 
 use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
@@ -25,6 +31,8 @@ use clap::Parser;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
+
+use report::Report;
 
 #[derive(Parser, Serialize)]
 #[command(about = "Measures every fan-out of the segment tree and picks one")]
@@ -63,20 +71,33 @@ struct Cost {
     bytes_read: u64,
     nodes_written: u64,
     bytes_written: u64,
+    chunks_read: u64,
+    chunks_written: u64,
     processor_us: f64,
 }
 
 impl Cost {
     /// Microseconds that it takes in a cluster.
     fn modelled_us(&self, options: &Options) -> f64 {
-        let wire = self.bytes_read as f64 + self.bytes_written as f64 * options.copies;
-        let records = self.nodes_read as f64 + self.nodes_written as f64 * options.copies;
-        // All that is written goes out at once, and is one round trip more.
-        let round_trips = self.requests + u64::from(self.nodes_written > 0);
+        let chunk = (options.chunk_kib << 10) as f64;
+        let bytes_read = self.bytes_read as f64 + self.chunks_read as f64 * chunk;
+        let bytes_written = self.bytes_written as f64 + self.chunks_written as f64 * chunk;
+        let read = (self.nodes_read + self.chunks_read) as f64;
+        let written = (self.nodes_written + self.chunks_written) as f64;
+        // Chunks are read at once when all are known; they are written while the tree is read,
+        // and the tree after them.
+        let round_trips =
+            self.requests + u64::from(self.chunks_read > 0) + u64::from(written > 0.0);
         round_trips as f64 * options.round_trip_us
-            + wire * 8.0 / (options.gbit * 1000.0)
-            + records * options.record_us
+            + (bytes_read + bytes_written * options.copies) * 8.0 / (options.gbit * 1000.0)
+            + (read + written * options.copies) * options.record_us
             + self.processor_us
+    }
+
+    /// Bytes of tree for each byte of data that was written.
+    fn tree_share(&self, options: &Options) -> f64 {
+        let data = (self.chunks_written * (options.chunk_kib << 10)) as f64;
+        if data == 0.0 { 0.0 } else { self.bytes_written as f64 / data }
     }
 }
 
@@ -131,6 +152,7 @@ struct Measured {
     operations: Vec<(&'static str, Cost)>,
 }
 
+const SCATTERED_COMMIT: &str = "commit of 400 scattered chunks";
 const WARM_LOOKUPS: u32 = 50_000;
 /// Repetitions of what is too short to be measured once.
 const REPEAT: u32 = 5;
@@ -179,6 +201,7 @@ impl<'o> Bench<'o> {
             requests: total.requests.div_ceil(times),
             nodes_read: total.nodes_read.div_ceil(times),
             bytes_read: total.bytes_read.div_ceil(times),
+            chunks_read: run as u64,
             processor_us: total.processor_us / times as f64,
             ..total
         })
@@ -208,6 +231,7 @@ impl<'o> Bench<'o> {
             let updated = self.runtime.block_on(run)?;
             commit = self.nodes.cost(start);
             commit_us = commit_us.min(commit.processor_us);
+            commit.chunks_written = dirty.len() as u64;
             commit.nodes_written = updated.new_nodes.len() as u64;
             commit.bytes_written =
                 updated.new_nodes.iter().map(|node| node.encoding.len() as u64).sum();
@@ -259,7 +283,7 @@ impl<'o> Bench<'o> {
                 ("cold lookup of 1 chunk", self.lookup(1)?),
                 ("cold lookup of 256 chunks in a row", self.lookup(256)?),
                 ("commit of 1 chunk", commit_1),
-                ("commit of 400 scattered chunks", commit_400),
+                (SCATTERED_COMMIT, commit_400),
                 ("commit of 4096 chunks in a row", commit_run),
                 ("diff of 1 chunk", diff_1),
                 ("diff of 400 scattered chunks", diff_400),
@@ -277,110 +301,27 @@ fn content(index: u64, version: u64) -> Hash {
     Hash(bytes)
 }
 
-/// For each fan-out, the mean over the operations of how many times the best one's cost it takes.
-fn scores(measured: &[Measured], options: &Options) -> Vec<f64> {
-    let operations = measured.first().map_or(0, |m| m.operations.len());
-    let cost = |m: &Measured, at: usize| m.operations[at].1.modelled_us(options);
-    let best: Vec<f64> = (0..operations)
-        .map(|at| measured.iter().map(|m| cost(m, at)).fold(f64::MAX, f64::min))
-        .collect();
-    let mean = |m: &Measured| {
-        (0..operations).map(|at| cost(m, at) / best[at]).sum::<f64>() / operations as f64
-    };
-    measured.iter().map(mean).collect()
-}
-
-fn print_table(
-    out: &mut impl Write,
-    gib: u64,
-    measured: &[Measured],
-    options: &Options,
-) -> Result<()> {
-    writeln!(out, "\n{gib} GiB in chunks of {} KiB", options.chunk_kib)?;
-    writeln!(out, "fan-out  levels  tree nodes  tree MB  of data  warm lookup")?;
-    for m in measured {
-        let share = m.tree_bytes as f64 / (gib << 30) as f64 * 100.0;
-        writeln!(
-            out,
-            "{:>7}  {:>6}  {:>10}  {:>7.1}  {share:>6.3}%  {:>8.0} ns",
-            m.fan_out,
-            m.depth,
-            m.tree_nodes,
-            m.tree_bytes as f64 / 1e6,
-            m.warm_lookup_ns
-        )?;
-    }
-    let operations = measured.first().map_or(0, |m| m.operations.len());
-    for at in 0..operations {
-        writeln!(out, "\n  {}", measured[0].operations[at].0)?;
-        writeln!(
-            out,
-            "  fan-out  requests  read: nodes       KB  written: nodes       KB  processor us  modelled us"
-        )?;
-        for m in measured {
-            let cost = &m.operations[at].1;
-            writeln!(
-                out,
-                "  {:>7}  {:>8}  {:>11}  {:>7.1}  {:>14}  {:>7.1}  {:>12.0}  {:>11.0}",
-                m.fan_out,
-                cost.requests,
-                cost.nodes_read,
-                cost.bytes_read as f64 / 1e3,
-                cost.nodes_written,
-                cost.bytes_written as f64 / 1e3,
-                cost.processor_us,
-                cost.modelled_us(options)
-            )?;
-        }
-    }
-    Ok(())
-}
-
-#[derive(Serialize)]
-struct Report<'o> {
-    options: &'o Options,
-    images: Vec<(u64, Vec<Measured>)>,
-    /// Fan-out and mean cost, in times the best.
-    scores: Vec<(u32, f64)>,
-    pick: u32,
-}
-
 fn main() -> Result<()> {
     let options = Options::parse();
     let mut out = std::io::stdout().lock();
-    let fan_outs: Vec<u32> = (1..=10).map(|bits| 1 << bits).collect();
-    let mut total = vec![0.0; fan_outs.len()];
     let mut images = Vec::new();
     for gib in &options.image_gib {
         let mut measured = Vec::new();
-        for fan_out in &fan_outs {
-            let bench = Bench::new(&options, *gib, FanOut::new(*fan_out)?)?;
-            measured.push(bench.measure().with_context(|| format!("fan-out {fan_out}"))?);
+        for bits in 1..=10 {
+            let fan_out = FanOut::new(1u32 << bits)?;
+            let bench = Bench::new(&options, *gib, fan_out)?;
+            measured.push(bench.measure().with_context(|| format!("{fan_out:?}"))?);
         }
-        let scores = scores(&measured, &options);
-        total.iter_mut().zip(scores).for_each(|(total, score)| *total += score);
         if !options.json {
-            print_table(&mut out, *gib, &measured, &options)?;
+            report::print_table(&mut out, *gib, &measured, &options)?;
         }
         images.push((*gib, measured));
     }
-    let mean = total.iter().map(|total| total / images.len() as f64);
-    let scores: Vec<(u32, f64)> = fan_outs.into_iter().zip(mean).collect();
-    let pick = scores.iter().min_by(|a, b| a.1.total_cmp(&b.1)).context("no image size")?.0;
+    let report = Report::new(&options, images)?;
     if options.json {
-        serde_json::to_writer(&mut out, &Report { options: &options, images, scores, pick })?;
+        serde_json::to_writer(&mut out, &report)?;
         writeln!(out)?;
         return Ok(());
     }
-    writeln!(
-        out,
-        "\nmean cost, in times that of the best fan-out for each operation (round trip {} us, \
-         {} Gbit/s, {} us a record, {} copies)",
-        options.round_trip_us, options.gbit, options.record_us, options.copies
-    )?;
-    for (fan_out, score) in &scores {
-        let mark = if *fan_out == pick { "  <- pick" } else { "" };
-        writeln!(out, "{fan_out:>7}  {score:>6.2}{mark}")?;
-    }
-    Ok(())
+    report.print_pick(&mut out)
 }
