@@ -19,6 +19,9 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
+/// How a snapshot ends that can be restarted from.
+pub const STABLE: SnapshotState = SnapshotState::Stable;
+
 #[derive(Default)]
 struct Facts {
     disks: BTreeMap<String, v1::Disk>,

@@ -25,10 +25,12 @@ use crate::link::{Link, Moved, Target};
 /// Until a request is sent again though nothing seems wrong; doubles up to [`RESEND_MAX`].
 const RESEND_FIRST: Duration = Duration::from_millis(500);
 const RESEND_MAX: Duration = Duration::from_secs(5);
-/// A wait holds the way to the host so long at a time, so that a CHECKPOINT gets in between.
-const WAIT_STEP: Duration = Duration::from_secs(1);
-/// Between two steps of a wait: time for another program to take its turn.
-const WAIT_PAUSE: Duration = Duration::from_millis(20);
+/// A wait asks again and again and leaves the port to other programs in between: a CHECKPOINT must
+/// not stand in line behind it. The pause grows by half, so a wait is late by half of its length.
+const WAIT_PAUSE_FIRST: Duration = Duration::from_millis(5);
+const WAIT_PAUSE_MAX: Duration = Duration::from_secs(1);
+/// Each question of a wait is given at least this, however little is left of the wait itself.
+const WAIT_CALL: Duration = Duration::from_secs(1);
 
 /// What a CHECKPOINT is asked with.
 #[derive(Clone, Debug)]
@@ -107,14 +109,15 @@ impl Client {
         snapshots: &[DiskSnapshot],
         deadline: Deadline,
     ) -> Result<Vec<Snapshot>, GuestError> {
+        let mut pause = WAIT_PAUSE_FIRST;
         loop {
-            let step = deadline.left().min(WAIT_STEP).max(Duration::from_millis(1));
             let request = Request::WaitStable(WaitStableRequest {
                 vm: String::new(),
                 snapshots: snapshots.to_vec(),
-                timeout_ms: step.as_millis() as u64,
+                // No more than a look: zero would be the host's own choice.
+                timeout_ms: 1,
             });
-            let state = match self.call(request, deadline) {
+            let state = match self.call(request, Deadline::after(deadline.left().max(WAIT_CALL))) {
                 Ok(Reply::WaitStable(reply)) => {
                     if let Some(done) = settled(reply.snapshots)? {
                         return Ok(done);
@@ -128,7 +131,8 @@ impl Client {
             if deadline.is_over() {
                 return Err(GuestError::NotYet { state });
             }
-            std::thread::sleep(WAIT_PAUSE);
+            std::thread::sleep(pause.min(deadline.left()));
+            pause = (pause * 3 / 2).min(WAIT_PAUSE_MAX);
         }
     }
 
