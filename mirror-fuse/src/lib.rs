@@ -2,12 +2,32 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`disk`] | the local mirror: a writable disk over a snapshot; knows nothing of FUSE |
 //! | [`base`] | the read-only bytes of snapshots |
 //! | [`cache`] | the clean chunks of a host, shared by all its disks |
-//! | [`disk`] | the local mirror: a writable disk over a snapshot |
+//! | [`host`] | the mirror of one host: attach, detach, checkpoint, start and stop |
+//! | [`host_service`] | the same as a gRPC service |
 //! | [`ioctl`] | CLONE, COMMIT and STATUS of a disk, as bytes |
+//! | [`mount`] | the mount point: is it fit, and how to get rid of a mount |
+//! | `fuse` | the front end; the only file that names the fuser crate |
+//! | `file`, `listing` | what system calls on files and directories of the mount do |
+//! | `view`, `images`, `registry`, `inode` | the tree of the mount |
+//! | `identity` | whose a mirror's directory is |
 
 pub mod base;
 pub mod cache;
 pub mod disk;
+mod file;
+mod fuse;
+pub mod host;
+pub mod host_service;
+mod identity;
+mod images;
+mod inode;
 pub mod ioctl;
+mod listing;
+pub mod mount;
+mod registry;
+mod view;
+
+pub use host::{Host, HostError, HostOptions};
