@@ -3,7 +3,7 @@
 use std::io;
 
 use blobcr_repository::tree::TreeError;
-use blobcr_repository::{CatalogError, StoreError};
+use blobcr_repository::{CatalogError, ImportError, ReadError, StoreError};
 use tonic::Code;
 
 /// What a script learns from the command's end.
@@ -124,6 +124,24 @@ fn of_tree(error: &TreeError) -> Exit {
     }
 }
 
+fn of_read(error: &ReadError) -> Exit {
+    match error {
+        ReadError::Tree(error) => of_tree(error),
+        ReadError::Chunk { error, .. } => of_store(error),
+        ReadError::BeyondEnd { .. } => Exit::Other,
+    }
+}
+
+/// `None`: what is deeper in the chain decides.
+const fn of_import(error: &ImportError) -> Option<Exit> {
+    match error {
+        ImportError::Catalog(error) => Some(of_catalog(error)),
+        ImportError::Geometry(_) => Some(Exit::Usage),
+        ImportError::Lease => Some(Exit::Unavailable),
+        ImportError::Persist(_) | ImportError::Source(_) => None,
+    }
+}
+
 fn of_metadata(error: &blobcr_metadata::OpenError) -> Option<Exit> {
     use blobcr_metadata::directory::DirectoryError;
     match error {
@@ -158,6 +176,8 @@ pub fn code(failure: &anyhow::Error) -> Exit {
                 .or_else(|| error.downcast_ref().map(of_catalog))
                 .or_else(|| error.downcast_ref().map(of_store))
                 .or_else(|| error.downcast_ref().map(of_tree))
+                .or_else(|| error.downcast_ref().map(of_read))
+                .or_else(|| error.downcast_ref().and_then(of_import))
                 .or_else(|| error.downcast_ref().and_then(of_metadata))
                 .or_else(|| error.downcast_ref().map(of_io))
         })
@@ -189,6 +209,9 @@ mod tests {
             (missing().into(), Exit::Integrity),
             (TreeError::from(missing()).into(), Exit::Integrity),
             (PersistError::from(missing()).into(), Exit::Integrity),
+            (ImportError::from(PersistError::from(missing())).into(), Exit::Integrity),
+            (ImportError::from(CatalogError::AlreadyExists("x".into())).into(), Exit::Conflict),
+            (ReadError::from(TreeError::from(missing())).into(), Exit::Integrity),
             (PersistError::from(StoreError::Unavailable("x".into())).into(), Exit::Unavailable),
             (io(io::ErrorKind::NotFound), Exit::NotFound),
             (io(io::ErrorKind::StorageFull), Exit::Other),

@@ -12,7 +12,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use anyhow::Context;
+use blobcr_proto::ChunkSize;
 
 use crate::args::{ImportArgs, ImportFormat};
 use crate::exit::{Exit, Refusal};
@@ -25,27 +25,24 @@ pub use target::Target;
 ///
 /// # Errors
 /// When the file is not there, is no regular file or block device, or is damaged.
-pub async fn open(args: &ImportArgs) -> anyhow::Result<RawFile> {
-    let what = || format!("cannot import {}", args.file.display());
+pub async fn open(args: &ImportArgs, chunk_size: ChunkSize) -> anyhow::Result<RawFile> {
     if args.file == Path::new("-") {
-        let spooled = spool::stdin(&args.temp_dir).await.context("cannot import from stdin")?;
+        let spooled = spool::stdin(&args.temp_dir).await?;
         if wants_qcow2(args.format, &spooled)? {
-            let path = qemu_img::path_of(&spooled);
-            let raw = qcow2::unpack(&path, &spooled, args).await;
-            return RawFile::temporary(raw.context("cannot import from stdin")?);
+            let raw = qcow2::unpack(&qemu_img::path_of(&spooled), &spooled, args).await?;
+            return RawFile::temporary(raw, chunk_size);
         }
-        return RawFile::temporary(spooled);
+        return RawFile::temporary(spooled, chunk_size);
     }
-    let file = File::open(&args.file).with_context(what)?;
-    let kind = file.metadata().with_context(what)?.file_type();
-    if kind.is_dir() {
-        return Err(Refusal::new(Exit::Usage, "it is a directory")).with_context(what);
+    let file = File::open(&args.file)?;
+    if file.metadata()?.is_dir() {
+        return Err(Refusal::new(Exit::Usage, "it is a directory").into());
     }
-    if wants_qcow2(args.format, &file).with_context(what)? {
-        let raw = qcow2::unpack(&args.file, &file, args).await.with_context(what)?;
-        return RawFile::temporary(raw);
+    if wants_qcow2(args.format, &file)? {
+        let raw = qcow2::unpack(&args.file, &file, args).await?;
+        return RawFile::temporary(raw, chunk_size);
     }
-    RawFile::open(file).with_context(what)
+    RawFile::open(file, chunk_size)
 }
 
 fn wants_qcow2(format: ImportFormat, file: &File) -> io::Result<bool> {

@@ -2,6 +2,7 @@
 
 use std::fs::{File, Metadata};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::sync::Arc;
 
@@ -9,17 +10,23 @@ use anyhow::Context;
 use async_trait::async_trait;
 use blobcr_proto::ChunkSize;
 use blobcr_proto::units::IMAGE_SIZE_MAX;
-use blobcr_repository::{ChunkSource, SourceError};
+use blobcr_repository::{ChunkSource, SourceError, SparseSource};
 use bytes::Bytes;
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 
-use super::extents::{chunks_of, data_ranges};
+use super::extents::next_data;
 use crate::exit::{Exit, Refusal};
 
-/// A raw file that is being imported.
+/// A raw file that is being imported: whole chunks of it, and where they are.
 #[derive(Debug)]
 pub struct RawFile {
-    file: Arc<File>,
+    opened: Arc<Opened>,
+    chunk_size: ChunkSize,
+}
+
+#[derive(Debug)]
+struct Opened {
+    file: File,
     size_bytes: u64,
     /// What the file looked like when it was opened; `None` when nobody else can change it.
     stamp: Option<Stamp>,
@@ -43,25 +50,25 @@ impl RawFile {
     ///
     /// # Errors
     /// When it is neither, or too large.
-    pub fn open(file: File) -> anyhow::Result<Self> {
+    pub fn open(file: File, chunk_size: ChunkSize) -> anyhow::Result<Self> {
         let metadata = file.metadata()?;
         let kind = metadata.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             let message = "it is neither a regular file nor a block device (for a pipe give `-`)";
             return Err(Refusal::new(Exit::Usage, message).into());
         }
-        Self::new(file, kind.is_file().then(|| Stamp::of(&metadata)))
+        Self::new(file, chunk_size, kind.is_file().then(|| Stamp::of(&metadata)))
     }
 
     /// A file that only this process has.
     ///
     /// # Errors
     /// When it is too large.
-    pub fn temporary(file: File) -> anyhow::Result<Self> {
-        Self::new(file, None)
+    pub fn temporary(file: File, chunk_size: ChunkSize) -> anyhow::Result<Self> {
+        Self::new(file, chunk_size, None)
     }
 
-    fn new(file: File, stamp: Option<Stamp>) -> anyhow::Result<Self> {
+    fn new(file: File, chunk_size: ChunkSize, stamp: Option<Stamp>) -> anyhow::Result<Self> {
         let size_bytes = seek(&file, SeekFrom::End(0)).context("it has no size")?;
         if size_bytes > IMAGE_SIZE_MAX {
             let message =
@@ -70,70 +77,69 @@ impl RawFile {
         }
         // Advice that is not taken costs time only.
         let _ = fadvise(&file, 0, None, Advice::Sequential);
-        Ok(Self { file: Arc::new(file), size_bytes, stamp })
+        Ok(Self { opened: Arc::new(Opened { file, size_bytes, stamp }), chunk_size })
     }
 
-    /// Of the disk.
-    #[must_use]
-    pub const fn size_bytes(&self) -> u64 {
-        self.size_bytes
-    }
-
-    /// The chunks that may hold something else than zeros: sorted, each once.
-    ///
-    /// # Errors
-    /// When the file cannot be read.
-    pub fn data_chunks(&self, chunk_size: ChunkSize) -> io::Result<Vec<u64>> {
-        Ok(chunks_of(&data_ranges(&self.file, self.size_bytes)?, chunk_size.bytes()))
-    }
-
-    /// Refuses a file that somebody wrote to while it was read.
-    ///
-    /// # Errors
-    /// When it changed.
-    pub fn check_unchanged(&self) -> anyhow::Result<()> {
-        let Some(before) = self.stamp else { return Ok(()) };
-        if Stamp::of(&self.file.metadata()?) == before {
-            return Ok(());
+    async fn blocking<T: Send + 'static>(
+        &self,
+        chunk: u64,
+        work: impl FnOnce(&Opened) -> anyhow::Result<T> + Send + 'static,
+    ) -> Result<T, SourceError> {
+        let opened = Arc::clone(&self.opened);
+        match tokio::task::spawn_blocking(move || work(&opened)).await {
+            Ok(done) => done.map_err(|e| SourceError::new(chunk, e)),
+            Err(e) => Err(SourceError::new(chunk, e)),
         }
-        let message = "the file changed while it was read; stop what writes to it and try again";
-        Err(Refusal::new(Exit::Conflict, message).into())
-    }
-
-    /// A source of whole chunks for a persist.
-    #[must_use]
-    pub fn source(&self, chunk_size: ChunkSize) -> RawSource {
-        RawSource { file: Arc::clone(&self.file), size_bytes: self.size_bytes, chunk_size }
     }
 }
 
-/// Reads whole chunks; behind the file's end there are zeros.
-#[derive(Debug)]
-pub struct RawSource {
-    file: Arc<File>,
-    size_bytes: u64,
-    chunk_size: ChunkSize,
+impl Opened {
+    fn chunk(&self, start: u64, chunk_size: ChunkSize) -> anyhow::Result<Bytes> {
+        let wanted = self.size_bytes.saturating_sub(start).min(chunk_size.bytes()) as usize;
+        let mut chunk = vec![0; chunk_size.len()];
+        let read = self.file.read_exact_at(&mut chunk[..wanted], start);
+        // Looked at behind each chunk: an image of two moments of a disk is worth nothing.
+        self.check_unchanged()?;
+        match read {
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(changed().into()),
+            read => Ok(read.map(|()| Bytes::from(chunk))?),
+        }
+    }
+
+    fn check_unchanged(&self) -> anyhow::Result<()> {
+        match self.stamp {
+            Some(before) if Stamp::of(&self.file.metadata()?) != before => Err(changed().into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn changed() -> Refusal {
+    let message = "the file changed while it was read; stop what writes to it and try again";
+    Refusal::new(Exit::Conflict, message)
 }
 
 #[async_trait]
-impl ChunkSource for RawSource {
+impl ChunkSource for RawFile {
     async fn chunk(&self, index: u64) -> Result<Option<Bytes>, SourceError> {
-        let file = Arc::clone(&self.file);
-        let start = index * self.chunk_size.bytes();
-        let wanted = self.size_bytes.saturating_sub(start).min(self.chunk_size.bytes()) as usize;
-        let mut chunk = vec![0; self.chunk_size.len()];
-        let read = tokio::task::spawn_blocking(move || {
-            file.read_exact_at(&mut chunk[..wanted], start).map(|()| Bytes::from(chunk))
-        });
-        match read.await {
-            Ok(Ok(chunk)) => Ok(Some(chunk)),
-            Ok(Err(e)) if e.kind() == io::ErrorKind::UnexpectedEof => Err(SourceError::new(
-                index,
-                Refusal::new(Exit::Conflict, "the file became shorter while it was read"),
-            )),
-            Ok(Err(e)) => Err(SourceError::new(index, e)),
-            Err(e) => Err(SourceError::new(index, e)),
-        }
+        let chunk_size = self.chunk_size;
+        let start = index * chunk_size.bytes();
+        self.blocking(index, move |opened| opened.chunk(start, chunk_size)).await.map(Some)
+    }
+}
+
+#[async_trait]
+impl SparseSource for RawFile {
+    fn size_bytes(&self) -> u64 {
+        self.opened.size_bytes
+    }
+
+    async fn next_data(&self, from: u64) -> Result<Option<Range<u64>>, SourceError> {
+        let chunk_bytes = self.chunk_size.bytes();
+        let at = from * chunk_bytes;
+        let find = move |opened: &Opened| Ok(next_data(&opened.file, at, opened.size_bytes)?);
+        let data = self.blocking(from, find).await?;
+        Ok(data.map(|data| data.start / chunk_bytes..data.end.div_ceil(chunk_bytes)))
     }
 }
 
@@ -145,11 +151,11 @@ mod tests {
     async fn the_last_chunk_ends_in_zeros() {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[7; 70_000], 0).unwrap();
-        let raw = RawFile::temporary(file).unwrap();
-        assert_eq!(raw.data_chunks(ChunkSize::MIN).unwrap(), [0, 1]);
-        let source = raw.source(ChunkSize::MIN);
-        assert_eq!(source.chunk(0).await.unwrap().unwrap(), vec![7; 65_536]);
-        let last = source.chunk(1).await.unwrap().unwrap();
+        let raw = RawFile::temporary(file, ChunkSize::MIN).unwrap();
+        assert_eq!(raw.next_data(0).await.unwrap(), Some(0..2));
+        assert_eq!(raw.next_data(2).await.unwrap(), None);
+        assert_eq!(raw.chunk(0).await.unwrap().unwrap(), vec![7; 65_536]);
+        let last = raw.chunk(1).await.unwrap().unwrap();
         assert_eq!(last.len(), 65_536);
         assert!(last[..70_000 - 65_536].iter().all(|b| *b == 7));
         assert!(last[70_000 - 65_536..].iter().all(|b| *b == 0));
@@ -159,20 +165,20 @@ mod tests {
     async fn a_file_that_changes_is_refused() {
         let named = tempfile::NamedTempFile::new().unwrap();
         named.as_file().set_len(1 << 20).unwrap();
-        let raw = RawFile::open(File::open(named.path()).unwrap()).unwrap();
-        raw.check_unchanged().unwrap();
+        let raw = RawFile::open(File::open(named.path()).unwrap(), ChunkSize::MIN).unwrap();
+        raw.chunk(0).await.unwrap();
         named.as_file().set_len(1 << 10).unwrap();
-        assert_eq!(crate::exit::code(&raw.check_unchanged().unwrap_err()), Exit::Conflict);
-        let error = raw.source(ChunkSize::MIN).chunk(0).await.unwrap_err();
+        let error = raw.chunk(0).await.unwrap_err();
         assert_eq!(crate::exit::code(&error.into()), Exit::Conflict);
     }
 
     #[test]
     fn what_is_no_disk_is_refused() {
-        let null = RawFile::open(File::open("/dev/null").unwrap()).unwrap_err();
+        let null = RawFile::open(File::open("/dev/null").unwrap(), ChunkSize::MIN).unwrap_err();
         assert_eq!(crate::exit::code(&null), Exit::Usage);
         let huge = tempfile::tempfile().unwrap();
         huge.set_len(IMAGE_SIZE_MAX + 1).unwrap();
-        assert_eq!(crate::exit::code(&RawFile::temporary(huge).unwrap_err()), Exit::Usage);
+        let huge = RawFile::temporary(huge, ChunkSize::MIN).unwrap_err();
+        assert_eq!(crate::exit::code(&huge), Exit::Usage);
     }
 }

@@ -5,12 +5,12 @@ use std::path::Path;
 use anyhow::Context;
 use blobcr_metadata::{MetadataService, Options};
 use blobcr_proto::v1;
+use blobcr_repo_node::server_builder;
 use tonic::Status;
 
 use super::directory::Described;
 use super::serve::{Ready, Served, bind, until_stopped};
 use crate::args::{DEFAULT_POOL, MetadataArgs};
-use crate::channel::server;
 use crate::exit::RemoteError;
 use crate::interrupt::Interrupts;
 use crate::output::Output;
@@ -24,7 +24,7 @@ pub async fn run(args: MetadataArgs, output: Output) -> anyhow::Result<()> {
     let (listener, address) = bind(&args.listen).await?;
     let metadata = open(&args.dir).await?;
     ensure_pool(&metadata, args.pool.as_deref()).await?;
-    let router = server()
+    let router = server_builder()
         .add_service(blobcr_metadata::service(metadata.clone()))
         .add_service(Described::new("metadata").service());
     let served = Served::start(router, listener);

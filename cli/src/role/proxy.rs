@@ -5,11 +5,12 @@ use std::time::Duration;
 use blobcr_ckpt_proxy::{Proxy, ProxyOptions};
 use blobcr_proto::v1;
 use blobcr_proto::v1::directory_client::DirectoryClient;
+use blobcr_repo_node::server_builder;
 
 use super::directory::Described;
 use super::serve::{Ready, Served, bind, until_stopped};
 use crate::args::ProxyArgs;
-use crate::channel::{lazy, server, within};
+use crate::channel::{lazy, within};
 use crate::endpoint::checked_address;
 use crate::interrupt::Interrupts;
 use crate::output::Output;
@@ -24,7 +25,7 @@ pub async fn run(args: ProxyArgs, output: Output) -> anyhow::Result<()> {
     let (listener, address) = bind(&args.listen).await?;
     let proxy = Proxy::start(ProxyOptions::new(&args.sockets, &mirror))?;
     let directory = Described::new("proxy").with_mirror(&mirror);
-    let router = server().add_service(proxy.service()).add_service(directory.service());
+    let router = server_builder().add_service(proxy.service()).add_service(directory.service());
     let served = Served::start(router, listener);
     let announcing = tokio::spawn(announce(mirror, address.clone()));
     Ready { role: "proxy", address, mount: None }.announce(output)?;

@@ -5,14 +5,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 use blobcr_proto::{ChunkSize, ImageName, ImageSpec, v1};
-use blobcr_repository::tree::{FanOut, Geometry, Root};
 use blobcr_repository::{
-    CatalogError, LEASE_TTL, LeaseKeeper, PersistJob, PersistLimits, Persisted, Repository, persist,
+    CatalogError, LEASE_TTL, LeaseKeeper, NewImage, PersistLimits, Repository, SnapshotReader,
 };
 use futures::{StreamExt, TryStreamExt, stream};
 
-use super::transfer::for_each_chunk;
-use super::{Readable, image_ref, readable, snapshot_ref};
+use super::{image_ref, snapshot_ref};
 use crate::args::{ExportArgs, ImageCommand, ImportArgs};
 use crate::exit::{Exit, Refusal};
 use crate::image_file::{self, RawFile, Target};
@@ -46,20 +44,27 @@ async fn import(repository: &Repository, args: &ImportArgs, output: Output) -> a
     let chunk_size = args.chunk_size.map_or(Ok(ChunkSize::DEFAULT), ChunkSize::new);
     let chunk_size = chunk_size.map_err(|e| Refusal::new(Exit::Usage, e.to_string()))?;
     refuse_taken(repository, &args.image).await?;
-    let pool = pool_named(repository, args.pool.as_str()).await?;
+    check_pool(repository, args.pool.as_str()).await?;
     let mut interrupts = Interrupts::listen()?;
-
+    let lease = LeaseKeeper::start(
+        repository.catalog().clone(),
+        format!("import of {}", args.image),
+        LEASE_TTL,
+    );
     let stored = interrupts.guard(async {
-        let raw = image_file::open(args).await?;
-        store(repository, pool.id, &raw, chunk_size, &args.image)
-            .await
-            .with_context(|| format!("cannot import {}", args.file.display()))
+        let raw = image_file::open(args, chunk_size).await?;
+        store(repository, &lease, &raw, args, chunk_size).await
     });
-    let (persisted, keeper) = stored.await?;
-    // From here on it takes milliseconds and is not interrupted. Before, there was no trace of
-    // the image but chunks that the collector takes.
-    let snapshot = publish(repository, args, chunk_size, persisted, &keeper).await?;
-    keeper.shutdown().await;
+    let stored =
+        Box::pin(stored).await.with_context(|| format!("cannot import {}", args.file.display()));
+    lease.shutdown().await;
+    let snapshot = match stored {
+        Ok(snapshot) => snapshot,
+        Err(failure) => {
+            remove_unborn(repository, &args.image).await;
+            return Err(failure);
+        }
+    };
     output.data(&SnapshotView::from(snapshot), |view| {
         format!(
             "{}@{}  {} in size, {} stored\n",
@@ -69,6 +74,46 @@ async fn import(repository: &Repository, args: &ImportArgs, output: Output) -> a
             human_size(view.stored_bytes)
         )
     })
+}
+
+/// Makes the image. It has no name before all of its bytes are durable.
+async fn store(
+    repository: &Repository,
+    lease: &LeaseKeeper,
+    raw: &RawFile,
+    args: &ImportArgs,
+    chunk_size: ChunkSize,
+) -> anyhow::Result<v1::Snapshot> {
+    let image = NewImage {
+        name: args.image.to_string(),
+        pool: args.pool.to_string(),
+        chunk_size,
+        ..NewImage::default()
+    };
+    let limits = PersistLimits { give_up_after: IMPORT_PATIENCE, ..PersistLimits::default() };
+    let progress = Progress::bytes("import", 0);
+    let told = |now: blobcr_repository::Progress| {
+        progress.set_total(now.chunks_total * chunk_size.bytes());
+        progress.set(now.chunks_done * chunk_size.bytes());
+    };
+    let imported = blobcr_repository::import(repository, lease, raw, image, limits, &told);
+    let (_, snapshot) = progress.during(Box::pin(imported)).await?;
+    Ok(snapshot)
+}
+
+/// Takes back the name of an import that ended between its making and its first snapshot.
+async fn remove_unborn(repository: &Repository, name: &ImageName) {
+    let catalog = repository.catalog();
+    match catalog.get_image(image_ref(name)).await {
+        Ok(image) if image.latest == 0 => {
+            let by_id = v1::ImageRef { name: String::new(), id: image.id };
+            if let Err(e) = catalog.remove_image(by_id).await {
+                tracing::warn!(image = image.name, error = %e, "an image without snapshot is left");
+            }
+        }
+        // Never made, made by somebody else, or nobody to ask.
+        _ => {}
+    }
 }
 
 async fn refuse_taken(repository: &Repository, name: &ImageName) -> anyhow::Result<()> {
@@ -90,7 +135,8 @@ async fn refuse_taken(repository: &Repository, name: &ImageName) -> anyhow::Resu
     }
 }
 
-async fn pool_named(repository: &Repository, name: &str) -> anyhow::Result<v1::Pool> {
+/// Tells of a pool that is missing, or has too few nodes, before anything is read.
+async fn check_pool(repository: &Repository, name: &str) -> anyhow::Result<()> {
     let by_name = v1::PoolRef { name: name.to_owned(), id: 0 };
     match repository.catalog().get_pool(by_name.clone()).await {
         Err(CatalogError::NotFound(_)) => {
@@ -101,127 +147,41 @@ async fn pool_named(repository: &Repository, name: &str) -> anyhow::Result<v1::P
             Err(Refusal::new(Exit::NotFound, message).into())
         }
         Err(e) => Err(e.into()),
-        Ok(pool) => {
-            // Too few nodes for its policy are told before anything is read.
+        Ok(_) => {
             repository.catalog().get_placement(by_name).await?;
-            Ok(pool)
+            Ok(())
         }
     }
 }
-
-/// Makes the file's chunks and tree durable. They belong to no image yet; the lease keeps them.
-async fn store(
-    repository: &Repository,
-    pool: u32,
-    raw: &RawFile,
-    chunk_size: ChunkSize,
-    name: &ImageName,
-) -> anyhow::Result<(Persisted, LeaseKeeper)> {
-    let geometry = Geometry::new(raw.size_bytes(), chunk_size, FanOut::DEFAULT)?;
-    let chunks = raw.data_chunks(chunk_size)?;
-    let progress = Progress::bytes("import", chunks.len() as u64 * chunk_size.bytes());
-    let catalog = repository.catalog();
-    let keeper = LeaseKeeper::start(catalog.clone(), format!("import of {name}"), LEASE_TTL);
-    let lease = tokio::time::timeout(IMPORT_PATIENCE, keeper.current())
-        .await
-        .map_err(|_| CatalogError::Unavailable("no lease was given in time".into()))??;
-    let (store, nodes) = (repository.pool(pool).await?, repository.nodes(pool).await?);
-    let source = raw.source(chunk_size);
-    let job = PersistJob {
-        base: Root::empty(geometry),
-        geometry,
-        chunks,
-        generation: lease.generation,
-        source: &source,
-        progress: &|now| progress.set(now.chunks_done * chunk_size.bytes()),
-        limits: PersistLimits { give_up_after: IMPORT_PATIENCE, ..PersistLimits::default() },
-    };
-    let persisted = progress.during(Box::pin(persist(&*store, &*nodes, job))).await?;
-    raw.check_unchanged()?;
-    if keeper.current().await?.generation != lease.generation {
-        let message = "the metadata service was away for longer than a lease lasts; import again \
-                       (what is stored already is not sent twice)";
-        return Err(Refusal::new(Exit::Unavailable, message).into());
-    }
-    Ok((persisted, keeper))
-}
-
-async fn publish(
-    repository: &Repository,
-    args: &ImportArgs,
-    chunk_size: ChunkSize,
-    persisted: Persisted,
-    keeper: &LeaseKeeper,
-) -> anyhow::Result<v1::Snapshot> {
-    let catalog = repository.catalog();
-    let lease_id = keeper.current().await?.id;
-    let create = v1::CreateImageRequest {
-        name: args.image.to_string(),
-        pool: args.pool.to_string(),
-        // At most 4 MiB.
-        chunk_size: chunk_size.bytes() as u32,
-        writer: String::new(),
-    };
-    let image = catalog.create_image(create).await?;
-    let published = async {
-        let begin = v1::BeginSnapshotRequest {
-            image_id: image.id,
-            number: 0,
-            lease_id,
-            writer: String::new(),
-        };
-        let begun = catalog.begin_snapshot(begin).await?;
-        let publish = v1::PublishSnapshotRequest {
-            image_id: image.id,
-            number: begun.number,
-            lease_id,
-            writer: String::new(),
-            root: Some(persisted.root.to_wire()),
-            stats: Some(persisted.stats),
-        };
-        catalog.publish_snapshot(publish).await
-    };
-    match published.await {
-        Ok(snapshot) => Ok(snapshot),
-        Err(failure) => {
-            let by_id = v1::ImageRef { name: String::new(), id: image.id };
-            if let Err(e) = catalog.remove_image(by_id).await {
-                tracing::warn!(image = image.name, error = %e, "an image without snapshot is left");
-            }
-            Err(failure.into())
-        }
-    }
-}
-
-/// Chunks fetched at once: hides the round trips of a pool whose nodes are milliseconds away.
-const READS: usize = 16;
 
 async fn export(repository: &Repository, args: &ExportArgs, output: Output) -> anyhow::Result<()> {
-    let Readable { image, snapshot, root } = readable(repository, &args.source).await?;
+    let (image, snapshot, reader) = repository.open(snapshot_ref(&args.source)).await?;
     let mut interrupts = Interrupts::listen()?;
-    let written = interrupts.guard(async {
-        let size = root.geometry.size_bytes;
-        let target = Target::create(&args.file, args.format, args.force, size)?;
-        let write = target.writer();
-        let progress = Progress::bytes("export", size);
-        let chunk_bytes = root.geometry.chunk_size.bytes();
-        let (store, nodes) =
-            (repository.pool(image.pool).await?, repository.nodes(image.pool).await?);
-        let each = async |index: u64, _id, chunk: Result<bytes::Bytes, _>| {
-            let mut chunk = chunk?;
-            let offset = index * chunk_bytes;
-            chunk.truncate(size.saturating_sub(offset).min(chunk_bytes) as usize);
-            let write = write.clone();
-            tokio::task::spawn_blocking(move || write(offset, chunk)).await??;
-            progress.set(offset + chunk_bytes);
-            Ok(())
-        };
-        Box::pin(progress.during(for_each_chunk(&*store, &*nodes, &root, READS, each))).await?;
-        target.finish().await
-    });
+    let written = interrupts.guard(Box::pin(write(&reader, args)));
     let name = format!("{}@{}", image.name, snapshot.number);
     written.await.with_context(|| format!("cannot export {name} to {}", args.file.display()))?;
     output.data(&SnapshotView::from(snapshot), |_| String::new())
+}
+
+/// Writes a snapshot to a file; its holes stay holes.
+async fn write(reader: &SnapshotReader, args: &ExportArgs) -> anyhow::Result<()> {
+    let size = reader.size_bytes();
+    let target = Target::create(&args.file, args.format, args.force, size)?;
+    let progress = Progress::bytes("export", size);
+    let chunk_bytes = reader.root().geometry.chunk_size.bytes();
+    let mut present = reader.present(0..u64::MAX);
+    let written = async {
+        while let Some((index, mut chunk)) = present.try_next().await? {
+            let offset = index * chunk_bytes;
+            chunk.truncate(size.saturating_sub(offset).min(chunk_bytes) as usize);
+            let write = target.writer();
+            tokio::task::spawn_blocking(move || write(offset, chunk)).await??;
+            progress.set(offset);
+        }
+        anyhow::Ok(())
+    };
+    progress.during(written).await?;
+    target.finish().await
 }
 
 /// Images in one answer.

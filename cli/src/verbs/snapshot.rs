@@ -1,15 +1,13 @@
 //! `blobcr snapshot`: immutable versions of images.
 
-use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use blobcr_proto::{Hash, ImageName, ImageSpec, v1};
-use blobcr_repository::tree::{Geometry, Lost, Reached, diff, survey};
-use blobcr_repository::{CatalogError, Repository, StoreError};
+use blobcr_repository::tree::{Geometry, diff};
+use blobcr_repository::{CatalogError, Damage, Repository};
 use serde::Serialize;
 
-use super::transfer::fetch_all;
-use super::{Readable, image_ref, readable, snapshot_ref};
+use super::{image_ref, snapshot_ref};
 use crate::args::SnapshotCommand;
 use crate::channel::within;
 use crate::exit::{Exit, Refusal};
@@ -188,17 +186,18 @@ async fn differences(
     to: &ImageSpec,
     output: Output,
 ) -> anyhow::Result<()> {
-    let (a, b) = (readable(repository, from).await?, readable(repository, to).await?);
-    if a.image.pool != b.image.pool {
+    let (of_a, _, a) = repository.open(snapshot_ref(from)).await?;
+    let (of_b, _, b) = repository.open(snapshot_ref(to)).await?;
+    if of_a.pool != of_b.pool {
         let message = "the two images are in different pools and share nothing";
         return Err(Refusal::new(Exit::Conflict, message).into());
     }
-    let nodes = repository.nodes(a.image.pool).await?;
+    let nodes = repository.nodes(of_a.pool).await?;
     let mut ranges = Vec::new();
-    let size = a.root.geometry.size_bytes.max(b.root.geometry.size_bytes);
-    let chunk_bytes = a.root.geometry.chunk_size.bytes();
-    diff(&*nodes, &a.root, &b.root, &mut |index, of_a, of_b| {
-        append(&mut ranges, index * chunk_bytes, chunk_bytes, size, kind(of_a, of_b));
+    let size = a.size_bytes().max(b.size_bytes());
+    let chunk_bytes = a.root().geometry.chunk_size.bytes();
+    diff(&*nodes, a.root(), b.root(), &mut |index, in_a, in_b| {
+        append(&mut ranges, index * chunk_bytes, chunk_bytes, size, kind(in_a, in_b));
     })
     .await?;
     let changed_bytes = ranges.iter().map(|range| range.length_bytes).sum();
@@ -245,11 +244,6 @@ fn append(
     }
 }
 
-/// Damage named one by one; the rest is only counted.
-const DAMAGE_NAMED_MAX: usize = 100;
-/// Chunks read at once.
-const READS: usize = 16;
-
 #[derive(Debug, Serialize)]
 struct VerifyView {
     image: String,
@@ -257,15 +251,15 @@ struct VerifyView {
     state: &'static str,
     intact: bool,
     tree_nodes: u64,
-    /// Each distinct chunk is read once.
     chunks: u64,
     bytes: u64,
-    damaged_nodes: u64,
-    damaged_chunks: u64,
+    /// How many chunks and tree nodes are damaged or lost.
+    damaged: u64,
     /// The first of them.
     damage: Vec<DamageView>,
 }
 
+/// A range of the disk that cannot be read, and why.
 #[derive(Debug, Serialize)]
 struct DamageView {
     offset_bytes: u64,
@@ -273,125 +267,67 @@ struct DamageView {
     reason: String,
 }
 
-/// What the walk over the tree found.
-#[derive(Debug, Default)]
-struct Surveyed {
-    seen: HashSet<Hash>,
-    tree_nodes: u64,
-    chunks: Vec<(u64, Hash)>,
-    lost: Vec<Lost>,
+impl DamageView {
+    fn new(damage: &Damage, geometry: &Geometry) -> Self {
+        let chunk_bytes = geometry.chunk_size.bytes();
+        let offset_bytes = damage.chunks.start * chunk_bytes;
+        let end = damage.chunks.end.saturating_mul(chunk_bytes).min(geometry.size_bytes);
+        let length_bytes = end.saturating_sub(offset_bytes);
+        Self { offset_bytes, length_bytes, reason: damage.detail.clone() }
+    }
 }
 
+/// What cannot be reached for so long is reported, not waited out.
+const VERIFY_PATIENCE: Duration = Duration::from_secs(20);
+
 async fn verify(repository: &Repository, spec: &ImageSpec, output: Output) -> anyhow::Result<()> {
-    let Readable { image, snapshot, root } = readable(repository, spec).await?;
-    let (store, nodes) = (repository.pool(image.pool).await?, repository.nodes(image.pool).await?);
-    let Surveyed { tree_nodes, chunks, lost, .. } = walk(&*nodes, &root).await?;
-    let progress =
-        Progress::bytes("verify", chunks.len() as u64 * root.geometry.chunk_size.bytes());
-    let mut view = VerifyView {
+    let (image, snapshot, reader) = repository.open(snapshot_ref(spec)).await?;
+    let pool = repository.pool(image.pool).await?;
+    let geometry = reader.root().geometry;
+    let progress = Progress::bytes("verify", 0);
+    let told = |done: u64, total: u64| {
+        progress.set_total(total * geometry.chunk_size.bytes());
+        progress.set(done * geometry.chunk_size.bytes());
+    };
+    let verified = blobcr_repository::verify(&pool, reader.root(), VERIFY_PATIENCE, &told);
+    let found = progress.during(Box::pin(verified)).await?;
+    drop(progress);
+    let view = VerifyView {
         image: image.name,
         snapshot: snapshot.number,
         state: "stable",
-        intact: false,
-        tree_nodes,
-        chunks: chunks.len() as u64,
-        bytes: 0,
-        damaged_nodes: lost.len() as u64,
-        damaged_chunks: 0,
-        damage: lost
-            .iter()
-            .take(DAMAGE_NAMED_MAX)
-            .map(|lost| lost_node(lost, &root.geometry))
-            .collect(),
+        intact: found.is_whole(),
+        tree_nodes: found.nodes,
+        chunks: found.chunks,
+        bytes: found.bytes,
+        damaged: found.damaged,
+        damage: found.damage.iter().map(|damage| DamageView::new(damage, &geometry)).collect(),
     };
-    let tally = std::sync::Mutex::new(&mut view);
-    let each = async |index: u64, _id, chunk: Result<bytes::Bytes, StoreError>| {
-        let mut view = tally.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        match chunk {
-            Ok(chunk) => view.bytes += chunk.len() as u64,
-            Err(e @ (StoreError::Missing { .. } | StoreError::Damaged { .. })) => {
-                view.damaged_chunks += 1;
-                if view.damage.len() < DAMAGE_NAMED_MAX {
-                    view.damage.push(damage(index..index + 1, e.to_string(), &root.geometry));
-                }
-            }
-            Err(e) => return Err(e.into()),
-        }
-        progress.set(view.bytes);
-        Ok(())
-    };
-    progress.during(fetch_all(&*store, chunks, READS, &each)).await?;
-    view.intact = view.damaged_nodes == 0 && view.damaged_chunks == 0;
-    output.data(&view, verified)?;
+    output.data(&view, verified_text)?;
     if view.intact {
         return Ok(());
     }
     let message = format!(
-        "snapshot {}@{} is damaged: {} chunks and {} tree nodes cannot be read",
-        view.image, view.snapshot, view.damaged_chunks, view.damaged_nodes
+        "snapshot {}@{} is damaged: {} of its chunks and tree nodes cannot be read",
+        view.image, view.snapshot, view.damaged
     );
     Err(Refusal::new(Exit::Integrity, message).into())
 }
 
-async fn walk(
-    nodes: &dyn blobcr_repository::tree::NodeSource,
-    root: &blobcr_repository::tree::Root,
-) -> anyhow::Result<Surveyed> {
-    let found = std::sync::Mutex::new(Surveyed::default());
-    let lock = || found.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let mut visit = |reached| {
-        let mut found = lock();
-        match reached {
-            Reached::Node { id, .. } => {
-                let new = found.seen.insert(id);
-                found.tree_nodes += u64::from(new);
-                new
-            }
-            Reached::Chunk { id, index } => {
-                if found.seen.insert(id) {
-                    found.chunks.push((index, id));
-                }
-                true
-            }
-        }
-    };
-    survey(nodes, root, &mut visit, &mut |lost| lock().lost.push(lost)).await?;
-    Ok(found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
-}
-
-fn lost_node(lost: &Lost, geometry: &Geometry) -> DamageView {
-    damage(lost.chunks.clone(), lost.error.to_string(), geometry)
-}
-
-fn damage(chunks: std::ops::Range<u64>, reason: String, geometry: &Geometry) -> DamageView {
-    let chunk_bytes = geometry.chunk_size.bytes();
-    let offset_bytes = chunks.start * chunk_bytes;
-    let end = chunks.end.saturating_mul(chunk_bytes).min(geometry.size_bytes);
-    DamageView { offset_bytes, length_bytes: end.saturating_sub(offset_bytes), reason }
-}
-
-fn verified(view: &VerifyView) -> String {
+fn verified_text(view: &VerifyView) -> String {
     if view.intact {
+        let size = human_size(view.bytes);
         return format!(
-            "{}@{} is intact: {} chunks ({}) and {} tree nodes\n",
-            view.image,
-            view.snapshot,
-            view.chunks,
-            human_size(view.bytes),
-            view.tree_nodes
+            "{}@{} is intact: {} chunks ({size}) and {} tree nodes\n",
+            view.image, view.snapshot, view.chunks, view.tree_nodes
         );
     }
     let columns = [Column::Number("OFFSET"), Column::Number("LENGTH"), Column::Text("DAMAGE")];
-    table(
-        &columns,
-        view.damage.iter().map(|damage| {
-            vec![
-                damage.offset_bytes.to_string(),
-                damage.length_bytes.to_string(),
-                damage.reason.clone(),
-            ]
-        }),
-    )
+    let rows = view.damage.iter().map(|damage| {
+        let DamageView { offset_bytes, length_bytes, reason } = damage;
+        vec![offset_bytes.to_string(), length_bytes.to_string(), reason.clone()]
+    });
+    table(&columns, rows)
 }
 
 #[cfg(test)]
