@@ -220,3 +220,173 @@ impl Drop for Sending<'_> {
         self.compressor.estimates().send_ended(now, self.bytes);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+
+    /// Every look at the clock takes a millisecond: so does every compression.
+    #[derive(Default)]
+    struct Ticking(AtomicU64);
+
+    impl Clock for Ticking {
+        fn now(&self) -> Duration {
+            Duration::from_millis(self.0.fetch_add(1, Ordering::Relaxed))
+        }
+    }
+
+    const MIB: usize = 1 << 20;
+
+    /// Estimates of a network that sends a MiB in `send_ms`, and of data that compresses to
+    /// `ratio` at a MiB in 2 ms.
+    fn estimates(send_ms: u64, ratio: f64) -> Estimates {
+        let mut estimates = Estimates::default();
+        estimates.compressed(MIB, (MIB as f64 * ratio) as usize, Duration::from_millis(2));
+        estimates.send_began(Duration::ZERO);
+        estimates.send_ended(Duration::from_millis(send_ms), MIB as u64);
+        estimates
+    }
+
+    #[test]
+    fn equation_1_decides() {
+        // 2 ms to compress; half of 10 ms is saved, but only half of 3 ms.
+        assert!(estimates(10, 0.5).pays());
+        assert!(!estimates(3, 0.5).pays());
+        // Just on either side of 2 + 0.5 × 4 = 4.
+        assert!(!estimates(4, 0.5).pays());
+        assert!(estimates(5, 0.5).pays());
+        // Nothing is saved, however slow the network is.
+        assert!(!estimates(10_000, 1.0).pays());
+        // Hardly anything is, but the network is very slow.
+        assert!(estimates(10_000, 0.9).pays());
+    }
+
+    #[test]
+    fn what_is_not_known_is_tried() {
+        assert!(Estimates::default().pays());
+        let mut data_only = Estimates::default();
+        data_only.compressed(MIB, MIB, Duration::from_millis(2));
+        assert!(data_only.pays());
+    }
+
+    #[test]
+    fn while_it_does_not_pay_every_sixteenth_is_a_probe() {
+        let mut plain = estimates(1, 0.5);
+        let decisions: Vec<bool> = (0..48).map(|_| plain.decide()).collect();
+        let probes: Vec<usize> = (0..48).filter(|at| decisions[*at]).collect();
+        assert_eq!(probes, [15, 31, 47]);
+    }
+
+    #[test]
+    fn data_that_changes_is_found_out_by_probes() {
+        let mut estimates = estimates(100, 1.0);
+        assert!(!estimates.pays());
+        let mut chunks = 0;
+        while !estimates.pays() {
+            chunks += 1;
+            assert!(chunks < 200, "never found out");
+            if estimates.decide() {
+                estimates.compressed(MIB, MIB / 4, Duration::from_millis(2));
+            }
+        }
+        assert_eq!(chunks, 16, "the first probe shows it");
+    }
+
+    #[test]
+    fn a_network_that_gets_slower_turns_compression_on() {
+        let mut estimates = estimates(2, 0.5);
+        assert!(!estimates.pays());
+        for _ in 0..20 {
+            estimates.send_began(Duration::ZERO);
+            estimates.send_ended(Duration::from_millis(20), MIB as u64);
+        }
+        assert!(estimates.pays());
+    }
+
+    #[test]
+    fn sends_side_by_side_share_their_time() {
+        let mut estimates = Estimates::default();
+        let at = Duration::from_millis;
+        for _ in 0..4 {
+            estimates.send_began(at(0));
+        }
+        for step in 1..=4 {
+            estimates.send_ended(at(2 * step), MIB as u64 / 4);
+        }
+        let by_byte = estimates.send.0.unwrap();
+        assert!((by_byte * MIB as f64 - 0.008).abs() < 1e-9, "8 ms for the MiB");
+    }
+
+    #[test]
+    fn small_and_failed_sends_do_not_count_by_themselves() {
+        let mut estimates = Estimates::default();
+        estimates.send_began(Duration::ZERO);
+        estimates.send_ended(Duration::from_secs(9), 0);
+        estimates.send_began(Duration::from_secs(9));
+        estimates.send_ended(Duration::from_secs(10), 1000);
+        assert_eq!(estimates.send.0, None);
+        assert_eq!(estimates.sends.under_way, 0);
+    }
+
+    fn encode(policy: Compression, plain: &Bytes) -> (Codec, Bytes) {
+        Compressor::new(policy, Arc::new(Ticking::default())).encode(plain.clone())
+    }
+
+    /// Bytes of which so many are unlike all others.
+    fn partly_random(random: usize, of: usize) -> Bytes {
+        use rand::{RngCore, SeedableRng};
+        let mut bytes = vec![7; of];
+        rand::rngs::StdRng::seed_from_u64(1).fill_bytes(&mut bytes[..random]);
+        bytes.into()
+    }
+
+    #[test]
+    fn a_result_is_kept_when_it_saves_a_tenth() {
+        let (codec, payload) = encode(Compression::Lz4, &partly_random(85_000, 100_000));
+        assert_eq!(codec, Codec::Lz4);
+        assert!(payload.len() <= 90_000);
+        let plain = partly_random(95_000, 100_000);
+        assert_eq!(encode(Compression::Lz4, &plain), (Codec::Plain, plain.clone()));
+        assert_eq!(encode(Compression::Zstd, &plain), (Codec::Plain, plain));
+    }
+
+    #[test]
+    fn every_policy_decodes_to_what_it_was() {
+        let plain = partly_random(20_000, 100_000);
+        for (policy, expected) in [
+            (Compression::Off, Codec::Plain),
+            (Compression::Lz4, Codec::Lz4),
+            (Compression::Zstd, Codec::Zstd),
+            (Compression::Adaptive, Codec::Lz4),
+        ] {
+            let (codec, payload) = encode(policy, &plain);
+            assert_eq!(codec, expected);
+            let mut decoded = vec![0; plain.len()];
+            codec::decode_into(codec, &payload, &mut decoded).unwrap();
+            assert_eq!(decoded, plain);
+        }
+    }
+
+    #[test]
+    fn adaptive_goes_by_what_its_own_calls_measured() {
+        let compressor = Compressor::new(Compression::Adaptive, Arc::new(Ticking::default()));
+        let plain = partly_random(0, 2 * MIB);
+        // Compressing 2 MiB takes a tick; sending 2 MiB takes one as well: it does not pay.
+        assert_eq!(compressor.encode(plain.clone()).0, Codec::Lz4);
+        compressor.sending().done(plain.len() as u64);
+        let codecs: Vec<Codec> = (0..16).map(|_| compressor.encode(plain.clone()).0).collect();
+        assert_eq!(codecs[..15], [Codec::Plain; 15]);
+        assert_eq!(codecs[15], Codec::Lz4, "a probe");
+        drop(compressor.sending());
+        assert_eq!(compressor.estimates().sends.under_way, 0, "a send that failed has ended");
+    }
+
+    #[test]
+    fn names_are_read_and_others_refused() {
+        assert_eq!("adaptive".parse(), Ok(Compression::Adaptive));
+        assert_eq!("off".parse(), Ok(Compression::Off));
+        assert_eq!("gzip".parse::<Compression>(), Err(CompressionError("gzip".into())));
+    }
+}

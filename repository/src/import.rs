@@ -226,3 +226,7 @@ fn add(sum: &mut v1::SnapshotStats, more: &v1::SnapshotStats) {
     sum.tree_nodes += more.tree_nodes;
     sum.persist_ms += more.persist_ms;
 }
+
+#[cfg(test)]
+#[path = "tests/import.rs"]
+mod tests;

@@ -76,7 +76,15 @@ impl LeaseKeeper {
         }
     }
 
-    /// Releases the lease and ends. Dropping the keeper does the same in the background.
+    /// Ends without releasing the lease: what was begun under it stays pending until the lease has
+    /// run out, so that the same writer may take it up again after a restart.
+    pub fn abandon(mut self) {
+        if let Some(task) = self.task.take() {
+            task.abort();
+        }
+    }
+
+    /// Releases the lease (which fails what is still pending under it) and ends. Dropping the keeper does the same in the background.
     pub async fn shutdown(mut self) {
         self.stop.send_replace(true);
         if let Some(task) = self.task.take() {
@@ -193,5 +201,123 @@ impl Keeper {
                 wait = (wait * 2).min(RETRY_MAX);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::MemoryCatalog;
+
+    fn start(catalog: &MemoryCatalog) -> LeaseKeeper {
+        LeaseKeeper::start(Arc::new(catalog.clone()), "a test", LEASE_TTL)
+    }
+
+    async fn after(time: Duration) {
+        sleep(time).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_is_renewed_for_as_long_as_it_is_kept() {
+        let catalog = MemoryCatalog::default();
+        let keeper = start(&catalog);
+        let first = keeper.current().await.unwrap();
+        after(Duration::from_secs(610)).await;
+        assert_eq!(keeper.current().await.unwrap(), first);
+        // Every 20 s.
+        assert_eq!(catalog.faults().calls("renew_lease"), 30);
+        assert_eq!(catalog.faults().calls("acquire_lease"), 1);
+        keeper.shutdown().await;
+        assert_eq!(catalog.faults().calls("release_lease"), 1);
+        after(Duration::from_secs(600)).await;
+        assert_eq!(catalog.faults().calls("renew_lease"), 30, "nobody keeps it any more");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_dropped_keeper_releases_its_lease() {
+        let catalog = MemoryCatalog::default();
+        let keeper = start(&catalog);
+        keeper.current().await.unwrap();
+        drop(keeper);
+        after(Duration::from_secs(1)).await;
+        assert_eq!(catalog.faults().calls("release_lease"), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_abandoned_lease_is_neither_renewed_nor_released() {
+        let catalog = MemoryCatalog::default();
+        let keeper = start(&catalog);
+        let lease = keeper.current().await.unwrap();
+        keeper.abandon();
+        after(Duration::from_secs(59)).await;
+        assert_eq!(catalog.faults().calls("renew_lease"), 0);
+        assert_eq!(catalog.faults().calls("release_lease"), 0);
+        catalog.renew_lease(v1::RenewLeaseRequest { lease_id: lease.id }).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_short_absence_of_the_service_is_ridden_out() {
+        let catalog = MemoryCatalog::default();
+        let keeper = start(&catalog);
+        let first = keeper.current().await.unwrap();
+        after(Duration::from_secs(15)).await;
+        catalog.faults().down(CatalogError::Unavailable("away".into()));
+        after(Duration::from_secs(40)).await;
+        assert_eq!(keeper.current().await.unwrap(), first, "it is alive for 60 s");
+        catalog.faults().up();
+        after(Duration::from_secs(300)).await;
+        assert_eq!(keeper.current().await.unwrap(), first);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_that_ran_out_is_replaced_by_one_of_a_later_generation() {
+        let catalog = MemoryCatalog::default();
+        let keeper = start(&catalog);
+        let first = keeper.current().await.unwrap();
+        catalog.faults().down(CatalogError::Unavailable("away".into()));
+        after(Duration::from_secs(120)).await;
+        let waited = tokio::time::timeout(Duration::from_secs(60), keeper.current()).await;
+        assert!(waited.is_err(), "no lease is alive, so it waits");
+        catalog.faults().up();
+        let second = keeper.current().await.unwrap();
+        assert!(second.generation > first.generation);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_that_the_service_forgot_is_replaced() {
+        let catalog = MemoryCatalog::default();
+        let keeper = start(&catalog);
+        let first = keeper.current().await.unwrap();
+        catalog.expire_lease(first.id);
+        after(Duration::from_secs(21)).await;
+        assert!(keeper.current().await.unwrap().generation > first.generation);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_is_told_and_asked_again() {
+        let catalog = MemoryCatalog::default();
+        let refusal = CatalogError::Invalid("no such thing".into());
+        catalog.faults().fail_next("acquire_lease", 2, refusal.clone());
+        let keeper = start(&catalog);
+        assert_eq!(keeper.current().await.unwrap_err(), refusal);
+        after(Duration::from_secs(5)).await;
+        keeper.current().await.unwrap();
+    }
+
+    /// A lease counts from before the question: the service may have given it just then.
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_answer_shortens_the_lease() {
+        let catalog = MemoryCatalog::default();
+        let held = catalog.faults().hold_next("acquire_lease", 1);
+        catalog.faults().fail_next("renew_lease", 1000, CatalogError::Unavailable("away".into()));
+        let begin = Instant::now();
+        let keeper = start(&catalog);
+        held.arrived(1).await;
+        after(Duration::from_secs(50)).await;
+        held.release();
+        let first = keeper.current().await.unwrap();
+        after(Duration::from_secs(10)).await;
+        let second = keeper.current().await.unwrap();
+        assert!(second.generation > first.generation, "after {:?}", begin.elapsed());
     }
 }

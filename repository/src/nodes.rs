@@ -97,3 +97,60 @@ impl NodeSource for CachedNodes {
         Ok(found.into_iter().flatten().collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{MemoryPool, PoolOperation};
+    use crate::{Object, StoreError};
+
+    async fn filled(count: u32) -> (MemoryPool, Vec<Hash>) {
+        let pool = MemoryPool::default();
+        let objects: Vec<Object> = (0..count)
+            .map(|at| {
+                let plain = Bytes::from(at.to_le_bytes().repeat(25));
+                Object { kind: RecordKind::TreeNode, id: Hash::of(&plain), plain }
+            })
+            .collect();
+        let ids = objects.iter().map(|object| object.id).collect();
+        pool.put(1, objects).await.unwrap();
+        (pool, ids)
+    }
+
+    #[tokio::test]
+    async fn what_was_read_once_is_not_asked_for_again() {
+        let (pool, ids) = filled(50).await;
+        let nodes = CachedNodes::new(Arc::new(pool.clone()));
+        let first = nodes.nodes(&ids[..30]).await.unwrap();
+        assert_eq!(nodes.nodes(&ids).await.unwrap()[..30], first);
+        assert_eq!(pool.faults().calls(PoolOperation::Get), 50);
+        for (id, encoding) in ids.iter().zip(nodes.nodes(&ids).await.unwrap()) {
+            assert_eq!(Hash::of(&encoding), *id, "in order");
+        }
+        assert_eq!(pool.faults().calls(PoolOperation::Get), 50);
+    }
+
+    #[tokio::test]
+    async fn the_cache_keeps_to_its_budget_and_to_what_is_used() {
+        let (pool, ids) = filled(1000).await;
+        let budget = 100 * (100 + ENTRY_OVERHEAD);
+        let nodes = CachedNodes::with_budget(Arc::new(pool.clone()), budget);
+        for id in &ids[1..] {
+            nodes.nodes(&[ids[0], *id]).await.unwrap();
+            let cache = nodes.cache();
+            assert!(cache.young.len() + cache.old.len() <= 101);
+        }
+        assert_eq!(pool.faults().calls(PoolOperation::Get), 1000, "the hot one stayed");
+        nodes.nodes(&ids[1..2]).await.unwrap();
+        assert_eq!(pool.faults().calls(PoolOperation::Get), 1001, "a cold one went");
+    }
+
+    #[tokio::test]
+    async fn a_failure_is_not_cached() {
+        let (pool, ids) = filled(2).await;
+        let nodes = CachedNodes::new(Arc::new(pool.clone()));
+        pool.faults().fail_next(PoolOperation::Get, 1, StoreError::Unavailable("away".into()));
+        assert!(nodes.nodes(&ids).await.is_err());
+        assert_eq!(nodes.nodes(&ids).await.unwrap().len(), 2);
+    }
+}

@@ -141,3 +141,86 @@ impl Placement {
         &self.partitions[self.partition(id)]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_are_read_and_others_refused() {
+        assert_eq!("replica:1".parse(), Ok(Policy::Replica(1)));
+        assert_eq!("replica:8".parse(), Ok(Policy::Replica(8)));
+        assert_eq!("ec:4+2".parse(), Ok(Policy::Erasure { data: 4, parity: 2 }));
+        assert_eq!(Policy::Erasure { data: 4, parity: 2 }.width(), 6);
+        for bad in [
+            "",
+            "replica",
+            "replica:",
+            "replica:0",
+            "replica:9",
+            "replica:-1",
+            "replica:1 ",
+            "ec:4",
+            "ec:0+2",
+            "ec:4+0",
+            "ec:200+100",
+            "ec:4+2+1",
+            "raid:5",
+        ] {
+            assert_eq!(bad.parse::<Policy>(), Err(PolicyError(bad.into())));
+        }
+    }
+
+    fn table(partitions: Vec<Vec<u32>>, nodes: usize) -> v1::PlacementTable {
+        let node = |at| v1::Node { address: format!("n{at}:1"), ..v1::Node::default() };
+        v1::PlacementTable {
+            pool: 1,
+            version: 3,
+            nodes: (0..nodes).map(node).collect(),
+            partitions: partitions.into_iter().map(|node| v1::PartitionNodes { node }).collect(),
+        }
+    }
+
+    #[test]
+    fn the_upper_bits_of_the_identity_choose_the_partition() {
+        let placement =
+            Placement::new(table(vec![vec![0], vec![1], vec![2], vec![0]], 3), 1).unwrap();
+        let id = |first: u8| {
+            let mut id = [0xFF; 32];
+            id[0] = first;
+            Hash(id)
+        };
+        for (first, node) in [(0x00, 0), (0x3F, 0), (0x40, 1), (0x80, 2), (0xBF, 2), (0xC0, 0)] {
+            assert_eq!(placement.holders(&id(first)), [node]);
+        }
+        let one = Placement::new(table(vec![vec![0, 1]], 2), 2).unwrap();
+        assert_eq!(one.holders(&id(0xFF)), [0, 1], "one partition has no bits");
+    }
+
+    #[test]
+    fn tables_that_cannot_be_used_are_refused() {
+        for (partitions, width) in [
+            (vec![], 1),
+            (vec![vec![0]; 3], 1),
+            (vec![vec![0], vec![]], 1),
+            (vec![vec![0], vec![1]], 2),
+            (vec![vec![0, 2], vec![0, 1]], 2),
+            (vec![vec![0, 0], vec![0, 1]], 2),
+        ] {
+            assert!(Placement::new(table(partitions.clone(), 2), width).is_err(), "{partitions:?}");
+        }
+    }
+
+    #[test]
+    fn tables_are_compared_by_where_they_send_objects() {
+        let placement = |table| Placement::new(table, 1).unwrap();
+        let before = placement(table(vec![vec![0], vec![1]], 2));
+        let mut same = table(vec![vec![0], vec![1]], 2);
+        same.version = 4;
+        assert!(placement(same).same_nodes(&before));
+        assert!(!placement(table(vec![vec![1], vec![0]], 2)).same_nodes(&before));
+        let mut moved = table(vec![vec![0], vec![1]], 2);
+        moved.nodes[1].address = "elsewhere:1".into();
+        assert!(!placement(moved).same_nodes(&before));
+    }
+}

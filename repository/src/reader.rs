@@ -196,3 +196,7 @@ pub(crate) async fn fetch_chunk(
     }
     Ok(plain)
 }
+
+#[cfg(test)]
+#[path = "tests/reader.rs"]
+mod tests;

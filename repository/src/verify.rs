@@ -161,3 +161,7 @@ async fn verify_range(
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "tests/verify.rs"]
+mod tests;

@@ -8,10 +8,10 @@ use blobcr_proto::v1::metadata_client::MetadataClient;
 use blobcr_proto::{MESSAGE_BYTES_MAX, v1};
 use tokio::time::{Instant, sleep, timeout};
 use tonic::transport::Channel;
-use tonic::{Request, Response, Status};
+use tonic::{Response, Status};
 
 use super::status::{catalog_error, never_sent};
-use super::{ConnectOptions, channel};
+use super::{ConnectOptions, channel, timed};
 use crate::{Catalog, CatalogError};
 
 /// The wait after every server has failed, at first and at most.
@@ -161,13 +161,6 @@ impl RemoteCatalog {
 struct Limits {
     deadline: Duration,
     attempt: Duration,
-}
-
-/// A request that tells the server how long its answer is waited for.
-fn timed<T>(message: T, patience: Duration) -> Request<T> {
-    let mut request = Request::new(message);
-    request.set_timeout(patience);
-    request
 }
 
 /// The implementation with one method per RPC, and `wait_snapshot`, which is not like the others.

@@ -9,10 +9,10 @@ use blobcr_proto::v1::record_store_client::RecordStoreClient;
 use blobcr_proto::{MESSAGE_BYTES_MAX, v1};
 use tokio::time::{Instant, timeout};
 use tonic::transport::Channel;
-use tonic::{Request, Response, Status};
+use tonic::{Response, Status};
 
 use super::status::NodeError;
-use super::{AddressError, ConnectOptions, channel};
+use super::{AddressError, ConnectOptions, channel, timed};
 use crate::StoreError;
 
 /// A node that did not answer is asked last for so long, so that reads do not wait for it again
@@ -76,12 +76,6 @@ impl NodeLink {
         let request = timed(request, self.write_deadline);
         within(self.write_deadline, client.touch(request)).await
     }
-}
-
-fn timed<T>(message: T, deadline: Duration) -> Request<T> {
-    let mut request = Request::new(message);
-    request.set_timeout(deadline);
-    request
 }
 
 async fn within<T>(

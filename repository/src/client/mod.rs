@@ -27,6 +27,17 @@ const FRAME_BYTES: u32 = 1 << 20;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A server hears of a deadline so much later, so that a call which takes too long ends here, with
+/// an error that says so.
+const DEADLINE_MARGIN: Duration = Duration::from_millis(250);
+
+/// A request that tells the server for how long its answer is waited for.
+fn timed<T>(message: T, deadline: Duration) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(deadline + DEADLINE_MARGIN);
+    request
+}
+
 /// How a client talks to the repository.
 #[derive(Clone)]
 pub struct ConnectOptions {
@@ -103,3 +114,6 @@ pub fn channel(address: &str, connect_timeout: Duration) -> Result<Channel, Addr
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is no address of a server; write HOST:PORT")]
 pub struct AddressError(pub String);
+
+#[cfg(test)]
+mod tests;

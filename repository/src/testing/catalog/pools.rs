@@ -1,0 +1,104 @@
+//! Pools, nodes and placement.
+
+use blobcr_proto::{PoolName, v1};
+
+use super::{Answer, ById, invalid, not_found, precondition, unix_ms};
+use crate::CatalogError;
+use crate::compression::Compression;
+use crate::placement::Policy;
+
+/// Partitions of a pool, as the real service has them.
+const PARTITIONS: u32 = 1024;
+
+#[derive(Debug)]
+pub(super) struct Pools {
+    by_id: ById<u32, v1::Pool>,
+    nodes: ById<String, v1::Node>,
+    /// Node ids of each pool's table, fixed once made.
+    placements: ById<u32, Vec<String>>,
+}
+
+impl Default for Pools {
+    fn default() -> Self {
+        let pool = v1::Pool {
+            id: 1,
+            name: "default".into(),
+            policy: "replica:1".into(),
+            partitions: PARTITIONS,
+            compression: "adaptive".into(),
+        };
+        Self { by_id: ById::from([(1, pool)]), nodes: ById::new(), placements: ById::new() }
+    }
+}
+
+impl Pools {
+    pub(super) fn create(&mut self, r: v1::CreatePoolRequest) -> Answer<v1::Pool> {
+        PoolName::new(r.name.as_str()).map_err(invalid)?;
+        r.policy.parse::<Policy>().map_err(invalid)?;
+        r.compression.parse::<Compression>().map_err(invalid)?;
+        if self.by_id.values().any(|pool| pool.name == r.name) {
+            let text = format!("there is a pool {:?} already", r.name);
+            return Err(CatalogError::AlreadyExists(text));
+        }
+        let id = self.by_id.keys().next_back().copied().unwrap_or(0) + 1;
+        let compression = if r.compression.is_empty() { "adaptive".into() } else { r.compression };
+        let (name, policy) = (r.name, r.policy);
+        let pool = v1::Pool { id, name, policy, partitions: PARTITIONS, compression };
+        self.by_id.insert(id, pool.clone());
+        Ok(pool)
+    }
+
+    /// By name, by id, or (with neither) the default one.
+    pub(super) fn get(&self, pool: &v1::PoolRef) -> Answer<&v1::Pool> {
+        let by_id = pool.name.is_empty() && pool.id != 0;
+        let name = if pool.name.is_empty() { "default" } else { pool.name.as_str() };
+        let wanted = |p: &&v1::Pool| if by_id { p.id == pool.id } else { p.name == name };
+        match self.by_id.values().find(wanted) {
+            Some(found) => Ok(found),
+            None if by_id => not_found(format!("no pool with id {}", pool.id)),
+            None => not_found(format!("no pool {name:?}")),
+        }
+    }
+
+    pub(super) fn list(&self) -> v1::ListPoolsResponse {
+        v1::ListPoolsResponse { pools: self.by_id.values().cloned().collect() }
+    }
+
+    pub(super) fn register(&mut self, r: v1::RegisterNodeRequest) -> v1::Node {
+        let v1::RegisterNodeRequest { id, address, domain } = r;
+        let node = v1::Node { id: id.clone(), address, domain, registered_unix_ms: unix_ms() };
+        self.nodes.insert(id, node.clone());
+        node
+    }
+
+    pub(super) fn nodes(&self) -> v1::ListNodesResponse {
+        v1::ListNodesResponse { nodes: self.nodes.values().cloned().collect() }
+    }
+
+    pub(super) fn placement(&mut self, r: &v1::PoolRef) -> Answer<v1::PlacementTable> {
+        let pool = self.get(r)?.clone();
+        let width = pool.policy.parse::<Policy>().map_err(invalid)?.width();
+        if !self.placements.contains_key(&pool.id) {
+            let ids: Vec<_> = self.nodes.keys().cloned().collect();
+            if ids.len() < width {
+                return precondition(format!(
+                    "pool {} ({}) needs {width} nodes; {} are registered",
+                    pool.name,
+                    pool.policy,
+                    ids.len()
+                ));
+            }
+            self.placements.insert(pool.id, ids);
+        }
+        let ids = &self.placements[&pool.id];
+        let partition = |p: u32| v1::PartitionNodes {
+            node: (0..width as u32).map(|i| (p + i) % ids.len() as u32).collect(),
+        };
+        Ok(v1::PlacementTable {
+            pool: pool.id,
+            version: 1,
+            nodes: ids.iter().map(|id| self.nodes[id].clone()).collect(),
+            partitions: (0..pool.partitions).map(partition).collect(),
+        })
+    }
+}
