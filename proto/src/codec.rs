@@ -59,19 +59,19 @@ pub fn decode_into(codec: Codec, payload: &[u8], plain: &mut [u8]) -> Result<(),
         return Err(DecodeError::TooLong(plain.len()));
     }
     let damaged = |detail: String| DecodeError::Damaged { codec, detail };
-    let actual = match codec {
-        Codec::Plain => {
-            if payload.len() == plain.len() {
-                plain.copy_from_slice(payload);
+    let actual =
+        match codec {
+            Codec::Plain => {
+                if payload.len() == plain.len() {
+                    plain.copy_from_slice(payload);
+                }
+                payload.len()
             }
-            payload.len()
-        }
-        Codec::Lz4 => {
-            lz4_flex::block::decompress_into(payload, plain).map_err(|e| damaged(e.to_string()))?
-        }
-        Codec::Zstd => zstd::bulk::decompress_to_buffer(payload, plain)
-            .map_err(|e| damaged(e.to_string()))?,
-    };
+            Codec::Lz4 => lz4_flex::block::decompress_into(payload, plain)
+                .map_err(|e| damaged(e.to_string()))?,
+            Codec::Zstd => zstd::bulk::decompress_to_buffer(payload, plain)
+                .map_err(|e| damaged(e.to_string()))?,
+        };
     if actual != plain.len() {
         return Err(DecodeError::WrongLength { expected: plain.len(), actual });
     }

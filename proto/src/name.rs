@@ -19,7 +19,9 @@ pub enum NameError {
     #[error("the name {0:?} must start with a letter or a digit")]
     BadStart(String),
     /// It holds a character that is not allowed.
-    #[error("the name {name:?} has the character {bad:?}; letters, digits, '.', '_', '-' and '+' are allowed")]
+    #[error(
+        "the name {name:?} has the character {bad:?}; letters, digits, '.', '_', '-' and '+' are allowed"
+    )]
     BadCharacter {
         /// The whole name.
         name: String,
@@ -166,7 +168,8 @@ mod tests {
 
     #[test]
     fn bad_names_are_refused() {
-        for name in ["", "a/b", "/", "..", ".", ".hidden", "-x", "a\nb", "a\0", "a b", "ä", "a@1"] {
+        for name in ["", "a/b", "/", "..", ".", ".hidden", "-x", "a\nb", "a\0", "a b", "ä", "a@1"]
+        {
             assert!(DiskName::new(name).is_err(), "{name:?}");
         }
         assert_eq!(VmName::new("n".repeat(300)), Err(NameError::TooLong(300)));
