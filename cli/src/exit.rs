@@ -153,6 +153,20 @@ fn of_metadata(error: &blobcr_metadata::OpenError) -> Option<Exit> {
     }
 }
 
+/// A directory or a mount point that another process has.
+fn of_role(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
+    use blobcr_ckpt_proxy::ProxyError;
+    use blobcr_repo_node::{OpenError, disk::LockError};
+    if let Some(OpenError::Lock(LockError::Held { .. })) = error.downcast_ref() {
+        return Some(Exit::Conflict);
+    }
+    match error.downcast_ref()? {
+        ProxyError::Locked(_) | ProxyError::SocketInUse(_) => Some(Exit::Conflict),
+        ProxyError::BadAddress { .. } => Some(Exit::Usage),
+        _ => None,
+    }
+}
+
 fn of_io(error: &io::Error) -> Exit {
     match error.kind() {
         io::ErrorKind::NotFound => Exit::NotFound,
@@ -179,6 +193,7 @@ pub fn code(failure: &anyhow::Error) -> Exit {
                 .or_else(|| error.downcast_ref().map(of_read))
                 .or_else(|| error.downcast_ref().and_then(of_import))
                 .or_else(|| error.downcast_ref().and_then(of_metadata))
+                .or_else(|| of_role(error))
                 .or_else(|| error.downcast_ref().map(of_io))
         })
         .unwrap_or(Exit::Other)

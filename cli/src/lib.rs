@@ -93,7 +93,8 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Doctor(args) => doctor::run(&args, global.endpoint.as_deref(), output).await,
         Command::Proxy(args) => role::proxy::run(args, output).await,
         Command::Metadata(args) => role::metadata::run(args, output).await,
-        Command::Up(_) | Command::RepoNode(_) | Command::Mirror(_) => {
+        Command::RepoNode(args) => role::repo_node::run(args, output).await,
+        Command::Up(_) | Command::Mirror(_) => {
             anyhow::bail!("not wired yet")
         }
     }

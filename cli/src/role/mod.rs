@@ -4,4 +4,5 @@ pub mod directory;
 pub mod lock;
 pub mod metadata;
 pub mod proxy;
+pub mod repo_node;
 pub mod serve;

@@ -1,0 +1,159 @@
+//! `blobcr repo-node`: a chunk server.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use blobcr_proto::v1;
+use blobcr_repo_node::{ChunkStore, Options, server_builder};
+use blobcr_repository::{CatalogError, ConnectOptions, Repository};
+use tokio::net::TcpListener;
+
+use super::directory::Described;
+use super::serve::{Ready, Served, bind, until_stopped};
+use crate::args::RepoNodeArgs;
+use crate::exit::{Exit, Refusal};
+use crate::interrupt::Interrupts;
+use crate::output::Output;
+
+/// Runs the role until it is told to stop.
+///
+/// # Errors
+/// When the directory or the address cannot be had, or the metadata service refuses the node.
+pub async fn run(args: RepoNodeArgs, output: Output) -> anyhow::Result<()> {
+    let mut interrupts = Interrupts::listen()?;
+    let (listener, address) = bind(&args.listen).await?;
+    let advertised = advertised(args.advertise, &listener)?;
+    let metadata = Repository::connect(&args.metadata, ConnectOptions::default()).await?;
+    let directory = Described::new("repo-node").with_metadata(&args.metadata);
+    let node = RepoNode::start(&args.dir, listener, directory).await?;
+    let registration = node.registration(advertised, args.domain);
+    tokio::select! {
+        registered = register(&metadata, &registration) => {
+            registered?;
+            Ready { role: "repo-node", address, mount: None }.announce(output)?;
+            let renewing = tokio::spawn(keep_registered(metadata, registration));
+            until_stopped(interrupts, || {}).await?;
+            renewing.abort();
+        }
+        // Told to stop before the metadata service was reached.
+        name = interrupts.next() => tracing::info!("{name}: stopping"),
+    }
+    node.stop().await
+}
+
+/// The address that others are told.
+fn advertised(advertise: Option<String>, listener: &TcpListener) -> anyhow::Result<String> {
+    let own: SocketAddr = listener.local_addr()?;
+    match advertise {
+        Some(address) => Ok(crate::endpoint::checked_address(&address)?),
+        None if own.ip().is_unspecified() => {
+            let message = format!(
+                "others cannot reach a node at {own}; give --listen an address of one network, or \
+                 tell them another with --advertise"
+            );
+            Err(Refusal::new(Exit::Usage, message).into())
+        }
+        None => Ok(own.to_string()),
+    }
+}
+
+/// A chunk store that is served.
+pub(super) struct RepoNode {
+    store: Arc<ChunkStore>,
+    served: Served,
+}
+
+impl RepoNode {
+    /// Opens the store in `dir` and serves it.
+    ///
+    /// # Errors
+    /// When the directory is in use, or cannot be read.
+    pub(super) async fn start(
+        dir: &Path,
+        listener: TcpListener,
+        directory: Described,
+    ) -> anyhow::Result<Self> {
+        let owned = dir.to_owned();
+        let opened =
+            tokio::task::spawn_blocking(move || ChunkStore::open(&owned, Options::default()));
+        let (store, report) = opened.await??;
+        tracing::info!(
+            dir = %dir.display(),
+            node = store.node_id(),
+            records = report.records,
+            segments = report.segments,
+            read_through = report.segments_scanned,
+            findings = report.findings.len(),
+            "opened the chunk store"
+        );
+        let store = Arc::new(store);
+        let router = server_builder()
+            .add_service(blobcr_repo_node::service(Arc::clone(&store)))
+            .add_service(directory.service());
+        Ok(Self { served: Served::start(router, listener), store })
+    }
+
+    /// What the metadata service is told of it.
+    pub(super) fn registration(
+        &self,
+        address: String,
+        domain: Option<String>,
+    ) -> v1::RegisterNodeRequest {
+        let id = self.store.node_id();
+        // Without a domain, each node fails by itself.
+        v1::RegisterNodeRequest { domain: domain.unwrap_or_else(|| id.clone()), id, address }
+    }
+
+    /// Stops to serve, and leaves the store ready for a quick start.
+    ///
+    /// # Errors
+    /// When the store's threads ended badly.
+    pub(super) async fn stop(self) -> anyhow::Result<()> {
+        self.served.stop().await;
+        let closed = tokio::task::spawn_blocking(move || self.store.close());
+        closed.await.context("the chunk store did not close")
+    }
+}
+
+/// Between two attempts to reach the metadata service.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// How often a node tells again that it is there: mends a metadata store that was put back to an
+/// older copy.
+const RENEW_EVERY: Duration = Duration::from_secs(60);
+
+/// Registers a node, however long the metadata service takes to be there.
+///
+/// # Errors
+/// When the service refuses the node.
+pub(super) async fn register(
+    metadata: &Repository,
+    registration: &v1::RegisterNodeRequest,
+) -> Result<(), CatalogError> {
+    let mut told = false;
+    loop {
+        match metadata.catalog().register_node(registration.clone()).await {
+            Ok(_) => return Ok(()),
+            Err(e) if e.is_transient() || matches!(e, CatalogError::Timeout(_)) => {
+                if !told {
+                    tracing::warn!(error = %e, "not registered yet; trying again");
+                }
+                told = true;
+            }
+            Err(e) => return Err(e),
+        }
+        tokio::time::sleep(RETRY_AFTER).await;
+    }
+}
+
+/// Registers a node again and again.
+async fn keep_registered(metadata: Repository, registration: v1::RegisterNodeRequest) {
+    loop {
+        tokio::time::sleep(RENEW_EVERY).await;
+        if let Err(e) = register(&metadata, &registration).await {
+            tracing::warn!(error = %e, "the metadata service does not take this node any more");
+        }
+    }
+}
