@@ -107,3 +107,15 @@ impl MetaStore for MemoryStore {
         Ok(self.watchers.add(prefix))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn conforms() {
+        crate::store::conformance::all(Arc::new(MemoryStore::new()), rand::random()).await;
+    }
+}

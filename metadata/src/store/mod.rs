@@ -13,6 +13,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 #[cfg(any(test, feature = "testing"))]
+pub mod conformance;
+#[cfg(any(test, feature = "testing"))]
 pub mod memory;
 pub mod sled;
 pub mod watchers;

@@ -430,3 +430,6 @@ impl MetaStore for SledStore {
         Ok(self.shared.watchers.add(prefix))
     }
 }
+
+#[cfg(test)]
+mod tests;
