@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use blobcr_proto::v1;
 use blobcr_proto::v1::checkpoint_server::CheckpointServer;
 use blobcr_proto::{DiskName, VmName};
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -62,10 +62,14 @@ pub(crate) struct Inner {
     socket_mode: u32,
     backend: Arc<Backend>,
     vms: Mutex<BTreeMap<VmName, Served>>,
+    /// Ends listeners and connections, before what they wait for ends: a guest that hears nothing
+    /// asks the next proxy again, and one that hears of a failure does not.
+    closing: CancellationToken,
+    channels: TaskTracker,
     /// Adding and removing VMs is done one at a time: they write to the same directory.
     changing: tokio::sync::Mutex<()>,
     /// Held for as long as the directory is served.
-    _lock: File,
+    lock: Mutex<Option<File>>,
 }
 
 /// The VMs of one host, their channels and the service on them.
@@ -100,8 +104,10 @@ impl Proxy {
             socket_mode,
             backend,
             vms: Mutex::default(),
+            closing: CancellationToken::new(),
+            channels: TaskTracker::new(),
             changing: tokio::sync::Mutex::default(),
-            _lock: lock,
+            lock: Mutex::new(Some(lock)),
         });
         inner.serve_recorded()?;
         tracing::info!(dir = %inner.dir.display(), mirror, "checkpoint proxy is ready");
@@ -162,16 +168,26 @@ impl Proxy {
         Ok(())
     }
 
+    /// The directory of the sockets.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.inner.dir
+    }
+
     /// The VMs of this host, in order of name.
     #[must_use]
     pub fn vms(&self) -> Vec<v1::Vm> {
         self.inner.vms().values().map(|served| self.inner.describe(&served.vm.record)).collect()
     }
 
-    /// Closes all channels, removes their sockets and waits for the tasks. The records stay.
+    /// Closes all channels, removes their sockets, waits for the tasks and leaves the directory to
+    /// the next proxy. The records stay.
     pub async fn stop(&self) {
         let inner = &self.inner;
         let _one_at_a_time = inner.changing.lock().await;
+        inner.closing.cancel();
+        inner.channels.close();
+        inner.channels.wait().await;
         inner.backend.stopping.cancel();
         let names: Vec<VmName> = {
             let mut vms = inner.vms();
@@ -186,6 +202,7 @@ impl Proxy {
                 tracing::warn!(vm = %name, %error, "left a socket behind");
             }
         }
+        drop(inner.lock.lock().expect("nothing panics while it holds this").take());
         tracing::info!(dir = %inner.dir.display(), "checkpoint proxy has stopped");
     }
 
@@ -204,6 +221,7 @@ impl Proxy {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        self.closing.cancel();
         self.backend.stopping.cancel();
     }
 }
@@ -240,7 +258,7 @@ impl Inner {
 
     /// Whether the VM is there already, just like this.
     fn check_new(&self, record: &VmRecord) -> Result<bool, ProxyError> {
-        if self.backend.stopping.is_cancelled() {
+        if self.closing.is_cancelled() {
             return Err(ProxyError::Stopping);
         }
         let vms = self.vms();
@@ -287,48 +305,60 @@ impl Inner {
 
     fn serve(&self, record: VmRecord, listener: UnixListener) {
         let vm = Arc::new(Vm::new(record));
-        let stop = self.backend.stopping.child_token();
-        let accept = accept(Arc::clone(&self.backend), Arc::clone(&vm), listener, stop.clone());
+        let stop = self.closing.child_token();
+        let channel = Channel {
+            backend: Arc::clone(&self.backend),
+            vm: Arc::clone(&vm),
+            stop: stop.clone(),
+            tasks: self.channels.clone(),
+        };
         let ended = stop.clone();
-        self.backend.tasks.spawn(async move { ended.run_until_cancelled(accept).await });
+        self.channels
+            .spawn(async move { ended.run_until_cancelled(channel.accept(listener)).await });
         self.vms().insert(vm.name().clone(), Served { vm, stop });
     }
 }
 
-async fn accept(
+/// The listener of one VM, and its connections.
+struct Channel {
     backend: Arc<Backend>,
     vm: Arc<Vm>,
-    listener: UnixListener,
     stop: CancellationToken,
-) {
-    let places = Arc::new(Semaphore::new(backend.limits.connections));
-    loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Out of file descriptors, usually: it may pass.
-                tracing::warn!(vm = %vm.name(), %error, "cannot accept a connection");
-                tokio::time::sleep(backend.limits.rest).await;
+    tasks: TaskTracker,
+}
+
+impl Channel {
+    async fn accept(self, listener: UnixListener) {
+        let limits = &self.backend.limits;
+        let places = Arc::new(Semaphore::new(limits.connections));
+        loop {
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of file descriptors, usually: it may pass.
+                    tracing::warn!(vm = %self.vm.name(), %error, "cannot accept a connection");
+                    tokio::time::sleep(limits.rest).await;
+                    continue;
+                }
+            };
+            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                tracing::warn!(
+                    vm = %self.vm.name(), limit = limits.connections,
+                    "too many connections, closed the newest"
+                );
                 continue;
-            }
-        };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            tracing::warn!(
-                vm = %vm.name(), limit = backend.limits.connections,
-                "too many connections, closed the newest"
-            );
-            continue;
-        };
-        let connection = connection(Arc::clone(&backend), Arc::clone(&vm), stream);
-        let ended = stop.clone();
-        backend.tasks.spawn(async move {
-            let _place = place;
-            ended.run_until_cancelled(connection).await
-        });
+            };
+            let connection = connection(Arc::clone(&self.backend), Arc::clone(&self.vm), stream);
+            let ended = self.stop.clone();
+            self.tasks.spawn(async move {
+                let _place = place;
+                ended.run_until_cancelled(connection).await
+            });
+        }
     }
 }
 
-async fn connection(backend: Arc<Backend>, vm: Arc<Vm>, stream: tokio::net::UnixStream) {
+async fn connection(backend: Arc<Backend>, vm: Arc<Vm>, stream: UnixStream) {
     tracing::info!(vm = %vm.name(), "connected");
     let rest = backend.limits.rest;
     match channel::serve(backend, Arc::clone(&vm), stream).await {
@@ -338,14 +368,5 @@ async fn connection(backend: Arc<Backend>, vm: Arc<Vm>, stream: tokio::net::Unix
             // Its place stays taken meanwhile, which slows down one that keeps doing it.
             tokio::time::sleep(rest).await;
         }
-    }
-}
-
-/// Where a VM's socket is, for whoever builds the hypervisor's command line.
-impl Proxy {
-    /// The directory of the sockets.
-    #[must_use]
-    pub fn dir(&self) -> &Path {
-        &self.inner.dir
     }
 }

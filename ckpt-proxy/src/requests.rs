@@ -6,7 +6,7 @@ use std::time::Duration;
 use blobcr_proto::name::GroupName;
 use blobcr_proto::v1::{
     AddToSetRequest, CheckpointReply, CheckpointRequest, DiskSnapshot, SetMember, SetMembership,
-    SnapshotState, VmStatusReply, WaitStableReply, WaitStableRequest,
+    Snapshot, SnapshotState, VmStatusReply, WaitStableReply, WaitStableRequest,
 };
 use blobcr_proto::{DiskName, VmName};
 use tokio::sync::Semaphore;
@@ -22,6 +22,8 @@ use crate::upstream::Upstream;
 
 /// How long one call waits for a snapshot that is followed for the log.
 const FOLLOW_STEP: Duration = Duration::from_secs(30);
+/// The pause before a wait asks again about a snapshot that nobody could tell about yet.
+const WAIT_PAUSE: Duration = Duration::from_millis(20);
 /// The pause after a call that failed while a snapshot is followed.
 const FOLLOW_PAUSE: Duration = Duration::from_secs(1);
 
@@ -123,11 +125,10 @@ async fn commit(
 ) -> Result<CheckpointReply, Status> {
     let unique = format!("{}/{key}", vm.name());
     let snapshots = backend.upstream.checkpoint_disks(&vm.record.disks, &unique).await?;
-    if snapshots.len() != vm.record.disks.len() {
+    let answered = snapshots.iter().map(|s| s.disk.as_str());
+    if !answered.eq(vm.record.disks.iter().map(DiskName::as_str)) {
         return Err(Status::internal(format!(
-            "the mirror answered with {} snapshots for the {} disks of the VM {}",
-            snapshots.len(),
-            vm.record.disks.len(),
+            "the mirror did not answer with one snapshot for each disk of the VM {}, in order",
             vm.name()
         )));
     }
@@ -181,21 +182,59 @@ pub(crate) async fn wait_stable(
     };
     let until = Instant::now() + wanted.min(backend.limits.wait_max);
     let mut snapshots = Vec::new();
-    for (image, number) in waited_for(backend, vm, &request.snapshots).await? {
-        let left = until.saturating_duration_since(Instant::now());
-        let snapshot = backend.upstream.wait_snapshot(&image, number, left).await?;
-        tracing::debug!(vm = %vm.name(), image, number, state = ?snapshot.state(), "waited for");
+    for wanted in waited_for(backend, vm, &request.snapshots).await? {
+        let snapshot = wait_one(backend, &wanted, until).await?;
+        tracing::debug!(vm = %vm.name(), ?wanted, state = ?snapshot.state(), "waited for");
         snapshots.push(snapshot);
     }
     Ok(WaitStableReply { snapshots })
 }
 
-/// What is waited for. A VM may ask about the checkpoints of its own disks and no others.
-async fn waited_for(
+/// A snapshot of one of the VM's disks.
+#[derive(Debug)]
+struct Wanted<'a> {
+    disk: &'a DiskName,
+    image: String,
+    number: u64,
+}
+
+/// Waits until the snapshot is no longer pending; DEADLINE_EXCEEDED when it still is then.
+async fn wait_one(
     backend: &Backend,
-    vm: &Vm,
+    wanted: &Wanted<'_>,
+    until: Instant,
+) -> Result<Snapshot, Status> {
+    let Wanted { disk, image, number } = wanted;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let error = match backend.upstream.wait_snapshot(image, *number, left).await {
+            Ok(snapshot) => return Ok(snapshot),
+            Err(error) => error,
+        };
+        match error.code() {
+            // The metadata service waits no longer than it likes to at a time.
+            Code::DeadlineExceeded => {}
+            // The mirror has taken it, and has yet to tell the metadata service.
+            Code::NotFound if backend.upstream.disk(disk).await?.pending.contains(number) => {}
+            // It may have told just between the two questions.
+            Code::NotFound => {
+                return backend.upstream.wait_snapshot(image, *number, Duration::ZERO).await;
+            }
+            _ => return Err(error),
+        }
+        if Instant::now() >= until {
+            return Err(Status::deadline_exceeded(format!("{image}@{number} is still pending")));
+        }
+        tokio::time::sleep(WAIT_PAUSE.min(until.saturating_duration_since(Instant::now()))).await;
+    }
+}
+
+/// What is waited for. A VM may ask about the checkpoints of its own disks and no others.
+async fn waited_for<'a>(
+    backend: &Backend,
+    vm: &'a Vm,
     asked: &[DiskSnapshot],
-) -> Result<Vec<(String, u64)>, Status> {
+) -> Result<Vec<Wanted<'a>>, Status> {
     if asked.is_empty() {
         let mut newest = Vec::new();
         for name in &vm.record.disks {
@@ -207,7 +246,7 @@ async fn waited_for(
                     vm.name()
                 )));
             }
-            newest.push((disk.checkpoint_image, number));
+            newest.push(Wanted { disk: name, image: disk.checkpoint_image, number });
         }
         return Ok(newest);
     }
@@ -231,7 +270,7 @@ async fn waited_for(
         if disk.checkpoint_image != snapshot.image || snapshot.image.is_empty() {
             return Err(not_own(vm, snapshot));
         }
-        wanted.push((disk.checkpoint_image, snapshot.number));
+        wanted.push(Wanted { disk: own, image: disk.checkpoint_image, number: snapshot.number });
     }
     Ok(wanted)
 }
@@ -267,19 +306,20 @@ fn follow(backend: &Arc<Backend>, vm: &Arc<Vm>, snapshots: &[DiskSnapshot]) {
         let _permit = permit;
         let stopping = backend.stopping.clone();
         let all = async {
-            for snapshot in &snapshots {
-                follow_one(&backend, vm.name(), snapshot).await;
+            for (disk, snapshot) in vm.record.disks.iter().zip(snapshots) {
+                let (image, number) = (snapshot.image, snapshot.number);
+                follow_one(&backend, vm.name(), &Wanted { disk, image, number }).await;
             }
         };
         stopping.run_until_cancelled(all).await
     });
 }
 
-async fn follow_one(backend: &Backend, vm: &VmName, snapshot: &DiskSnapshot) {
-    let (image, number) = (snapshot.image.as_str(), snapshot.number);
+async fn follow_one(backend: &Backend, vm: &VmName, wanted: &Wanted<'_>) {
+    let Wanted { image, number, .. } = wanted;
     let until = Instant::now() + backend.limits.follow;
     while Instant::now() < until {
-        match backend.upstream.wait_snapshot(image, number, FOLLOW_STEP).await {
+        match wait_one(backend, wanted, until.min(Instant::now() + FOLLOW_STEP)).await {
             Ok(found) if found.state() == SnapshotState::Stable => {
                 let stats = found.stats.unwrap_or_default();
                 tracing::info!(
@@ -297,6 +337,10 @@ async fn follow_one(backend: &Backend, vm: &VmName, snapshot: &DiskSnapshot) {
             }
             Ok(_) => {}
             Err(status) if status.code() == Code::DeadlineExceeded => {}
+            Err(status) if status.code() == Code::NotFound => {
+                tracing::warn!(%vm, image, number, "checkpoint is gone before it was stable");
+                return;
+            }
             Err(status) => {
                 tracing::debug!(%vm, image, number, error = status.message(), "cannot follow");
                 tokio::time::sleep(FOLLOW_PAUSE).await;

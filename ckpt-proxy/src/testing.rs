@@ -33,6 +33,8 @@ struct Facts {
     failures: Vec<Status>,
     running: usize,
     most_running: usize,
+    /// The metadata service has not been told of pending snapshots yet.
+    unborn: bool,
 }
 
 /// What the host remembers and what it was told to do; it outlives the host.
@@ -73,6 +75,12 @@ impl Script {
     /// From now on a checkpoint is taken but its answer held back.
     pub fn hold(&self) {
         self.held.send_replace(true);
+    }
+
+    /// Whether the metadata service knows nothing of pending snapshots, as it is for a moment after
+    /// each checkpoint and for as long as the mirror cannot reach it.
+    pub fn set_unborn(&self, unborn: bool) {
+        self.facts().unborn = unborn;
     }
 
     /// Lets the answers go.
@@ -318,7 +326,11 @@ impl Script {
         let mut changed = self.changed.subscribe();
         let settled = async {
             loop {
-                let found = self.facts().snapshots.get(&key).cloned();
+                let found = {
+                    let facts = self.facts();
+                    let found = facts.snapshots.get(&key).cloned();
+                    found.filter(|s| !facts.unborn || s.state() != SnapshotState::Pending)
+                };
                 let found = found.ok_or_else(|| Status::not_found("no such snapshot"))?;
                 if found.state() != SnapshotState::Pending {
                     return Ok(found);

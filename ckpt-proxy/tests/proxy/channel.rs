@@ -72,6 +72,28 @@ async fn waiting_ends_when_the_snapshots_are_stable_or_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_only_the_mirror_knows_yet_is_pending() {
+    let setup = Setup::new().await;
+    setup.script.set_unborn(true);
+    let mut peer = setup.peer("two").await;
+    let taken = peer.checkpoint(1, "k").await.snapshots;
+    for time in [1, 60] {
+        peer.send(2, wait(&taken, time)).await;
+        assert_eq!(peer.refusal().await.1, Code::DeadlineExceeded);
+    }
+    peer.send(3, wait(&taken, 20_000)).await;
+    peer.send(4, status()).await;
+    assert_eq!(peer.answer().await.unwrap().0, 4, "the wait goes on meanwhile");
+    setup.script.set_unborn(false);
+    setup.script.settle(SnapshotState::Stable, "");
+    assert!(matches!(peer.answer().await, Some((3, Reply::WaitStable(_)))));
+    // One that was never taken is not waited for.
+    let never = DiskSnapshot { number: 99, ..taken[0].clone() };
+    peer.send(5, wait(&[never], 20_000)).await;
+    assert_eq!(peer.refusal().await.1, Code::NotFound);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn only_own_checkpoints_can_be_waited_for() {
     let setup = Setup::new().await;
     let other = setup.peer("two").await.checkpoint(1, "k").await.snapshots;

@@ -74,12 +74,7 @@ impl Setup {
     /// Ends the proxy and starts another one on the same directory.
     pub(crate) async fn restart_proxy(&mut self) {
         self.proxy.stop().await;
-        let options = self.options();
-        // The old one holds the directory until its last handle is gone.
-        let parked = tempfile::tempdir().unwrap();
-        let parked = Proxy::start(ProxyOptions::new(parked.path(), "127.0.0.1:1")).unwrap();
-        drop(std::mem::replace(&mut self.proxy, parked));
-        self.proxy = Proxy::start(options).unwrap();
+        self.proxy = Proxy::start(self.options()).unwrap();
     }
 
     pub(crate) fn socket(&self, vm: &str) -> PathBuf {

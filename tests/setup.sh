@@ -1,0 +1,105 @@
+#!/bin/bash
+# Installs what the demo and the tests need on Debian 12 or 13, and says what it does. What is there
+# already is left alone; when nothing is missing it needs no root and no network.
+#
+#   tests/setup.sh            installs
+#   tests/setup.sh --check    only says what is missing (exit code 1 when something is)
+set -euo pipefail
+
+# What builds the programs, and what links a static one for the guest.
+packages=(ca-certificates curl gcc libc6-dev binutils)
+# What builds the guest: kernel modules, an initramfs, an ext4 root.
+packages+=(busybox-static cpio kmod e2fsprogs xz-utils)
+# What mounts, and what the tests look at the mount with.
+packages+=(fuse3 fio strace)
+# QEMU 9.2 is the first whose sockets reconnect within milliseconds.
+qemu_packages=(qemu-system-x86 qemu-utils)
+qemu_min=9.2
+rust_min=1.88
+
+say() { echo "setup: $*" >&2; }
+fail() { say "$*"; exit 1; }
+installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q ' installed$'; }
+at_least() { dpkg --compare-versions "$1" ge "$2"; }
+
+command -v dpkg >/dev/null || fail "this is no Debian; install by hand: ${packages[*]} ${qemu_packages[*]}"
+# shellcheck disable=SC1091
+codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+
+missing=()
+for package in "${packages[@]}"; do
+    installed "$package" || missing+=("$package")
+done
+qemu_version() { dpkg-query -W -f '${Version}' qemu-system-x86 2>/dev/null | sed 's/^[0-9]*://'; }
+need_qemu=no
+for package in "${qemu_packages[@]}"; do
+    installed "$package" || need_qemu=yes
+done
+at_least "$(qemu_version)" "$qemu_min" || need_qemu=yes
+PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
+rust_version() { rustc --version 2>/dev/null | cut -d' ' -f2; }
+need_rust=no
+at_least "$(rust_version)" "$rust_min" || need_rust=yes
+[ "$(command -v cargo)" ] || need_rust=yes
+
+if [ "${1:-}" = --check ]; then
+    [ ${#missing[@]} -eq 0 ] || say "missing: ${missing[*]}"
+    [ $need_qemu = no ] || say "missing: QEMU $qemu_min or later"
+    [ $need_rust = no ] || say "missing: Rust $rust_min or later"
+    [ "${#missing[@]}$need_qemu$need_rust" = 0nono ]
+    exit
+fi
+
+as_root=()
+if [ "$(id -u)" != 0 ] && { [ ${#missing[@]} -gt 0 ] || [ $need_qemu = yes ]; }; then
+    command -v sudo >/dev/null || fail "not root and no sudo; run tests/setup.sh as root"
+    as_root=(sudo)
+fi
+apt() {
+    say "apt-get $*"
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -y "$@" >&2 ||
+        fail "apt-get $1 failed; mend what it says above, then run tests/setup.sh again"
+}
+
+# Debian 12 has QEMU 7.2; its backports have one that is new enough.
+qemu_from=()
+if [ $need_qemu = yes ] && [ "$codename" = bookworm ]; then
+    qemu_from=(-t bookworm-backports)
+    if ! grep -rqsE '^(Suites:|deb ).*bookworm-backports' /etc/apt/sources.list /etc/apt/sources.list.d \
+        --include='*.sources' --include='*.list'; then
+        list=/etc/apt/sources.list.d/bookworm-backports.list
+        mirror=$(grep -rhsoE '^(URIs:|deb( \[[^]]*\])?) *https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list \
+            /etc/apt/sources.list.d --include='*.sources' --include='*.list' |
+            grep -oE 'https?://[^ ]+' | head -1)
+        say "adding $list"
+        echo "deb ${mirror:-http://deb.debian.org/debian} bookworm-backports main" |
+            "${as_root[@]}" tee "$list" >/dev/null
+    fi
+fi
+if [ ${#missing[@]} -gt 0 ] || [ $need_qemu = yes ]; then
+    apt update
+fi
+if [ $need_qemu = yes ]; then
+    apt install --no-install-recommends "${qemu_from[@]}" "${qemu_packages[@]}"
+    at_least "$(qemu_version)" "$qemu_min" ||
+        fail "QEMU $(qemu_version) is too old and this Debian ($codename) has no later one; $qemu_min is needed"
+fi
+if [ ${#missing[@]} -gt 0 ]; then
+    apt install --no-install-recommends "${missing[@]}"
+fi
+if [ $need_rust = yes ]; then
+    if ! command -v rustup >/dev/null; then
+        say "installing rustup (https://rustup.rs) for $(id -un)"
+        curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
+            sh -s -- -y --profile minimal --default-toolchain none >&2 ||
+            fail "cannot install rustup; check the network"
+    fi
+    say "rustup: the stable toolchain"
+    rustup toolchain install stable --profile minimal >&2
+    rustup default stable >&2
+    at_least "$(rust_version)" "$rust_min" ||
+        fail "rustc is $(rust_version) and $rust_min is needed; see that rustup's comes first in PATH"
+    say "a new shell has cargo in its PATH; this one after: . \"\$HOME/.cargo/env\""
+fi
+[ -e /dev/fuse ] || say "note: there is no /dev/fuse; load the fuse module (modprobe fuse) before you mount"
+say "ready: $(qemu-system-x86_64 --version | head -1), $(rustc --version), $(fusermount3 --version)"
