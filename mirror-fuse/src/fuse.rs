@@ -16,15 +16,16 @@ use bytes::Bytes;
 use fuser::{
     AccessFlags, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem,
     FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, MountOption,
-    Notifier, OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
-    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
-    Request, Session, SessionACL, SessionUnmounter, TimeOrNow, WriteFlags,
+    Notifier, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, SessionUnmounter, TimeOrNow,
+    WriteFlags,
 };
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 use crate::file::{Handles, OpenFile, TryWrite, ZeroRange};
-use crate::inode::Inode;
+use crate::inode::{self, Inode};
 use crate::ioctl;
 use crate::listing::Directory;
 use crate::mount::{self, MountError};
@@ -92,6 +93,11 @@ fn file_attr(attributes: &Attributes) -> FileAttr {
         blksize: 4096,
         flags: 0,
     }
+}
+
+/// Disks are attached and detached, and images imported and removed, by commands only.
+fn refusal(parent: INodeNo) -> Errno {
+    if parent.0 == inode::DISKS { Errno::EPERM } else { Errno::EROFS }
 }
 
 fn answer_entry(reply: ReplyEntry, found: Result<Attributes, rustix::io::Errno>) {
@@ -514,6 +520,57 @@ impl Filesystem for Front {
     fn access(&self, _: &Request, _: INodeNo, _: AccessFlags, reply: ReplyEmpty) {
         // The kernel checks permissions itself.
         reply.ok();
+    }
+
+    fn create(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        _: &OsStr,
+        _: u32,
+        _: u32,
+        _: i32,
+        reply: ReplyCreate,
+    ) {
+        reply.error(refusal(parent));
+    }
+
+    fn mknod(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        _: &OsStr,
+        _: u32,
+        _: u32,
+        _: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(refusal(parent));
+    }
+
+    fn mkdir(&self, _: &Request, parent: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
+        reply.error(refusal(parent));
+    }
+
+    fn unlink(&self, _: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(refusal(parent));
+    }
+
+    fn rmdir(&self, _: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        reply.error(refusal(parent));
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        _: &OsStr,
+        _: INodeNo,
+        _: &OsStr,
+        _: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(refusal(parent));
     }
 
     fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
