@@ -14,7 +14,7 @@ pub struct Budget {
 
 /// Part of a [`Budget`], given back when it is dropped.
 #[derive(Debug)]
-pub struct Share {
+pub(super) struct Share {
     budgets: Arc<Budgets>,
     kind: Kind,
     bytes: u64,

@@ -151,3 +151,8 @@ pub trait Upstream: Send + Sync + 'static {
     /// The numbers of the image's pending snapshots.
     async fn pending(&self, image_id: u64) -> Result<Vec<u64>, UpstreamError>;
 }
+
+/// A chunk that did not come as it should.
+pub(super) const fn lost(chunk: u64, reason: String) -> BaseError {
+    BaseError::Lost { chunk, reason }
+}

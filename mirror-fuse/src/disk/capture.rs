@@ -1,0 +1,182 @@
+//! What the persister reads: a chunk as of a snapshot's cut.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::DiskError;
+use super::aside::{Aside, Content};
+use super::facts::Pending;
+use super::generation::Generation;
+use super::map::Mark;
+use super::shape::Sectors;
+use super::upstreams::SnapshotChunks;
+
+/// Between two tries to fetch a chunk of the base that a snapshot needs: each try waits for the
+/// repository by itself already.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The chunks of the oldest pending snapshot.
+pub(super) struct Captures {
+    pub(super) generation: Arc<Generation>,
+    pub(super) snapshot: Pending,
+    pub(super) stalled: Arc<dyn Fn(Option<String>) + Send + Sync>,
+}
+
+enum Captured {
+    Read(Content),
+    Aside(Arc<Aside>),
+    /// The whole chunk was discarded.
+    Zeros,
+    /// Its content as of the snapshot is gone.
+    Gone,
+}
+
+impl Generation {
+    /// Takes a chunk's content as of `snapshot`, the oldest pending one: copy or delta, whichever
+    /// has it. The chunk is `Idle` for that snapshot afterwards: the next write copies nothing.
+    fn capture(&self, snapshot: &Pending, chunk: u64) -> Result<Captured, DiskError> {
+        let mut stripe = self.stripes.lock(chunk);
+        let mark = self.map.mark(chunk);
+        if mark.epoch <= snapshot.last {
+            let content = if self.is_hole(chunk)? {
+                Captured::Zeros
+            } else {
+                Captured::Read(self.copier().read(chunk)?)
+            };
+            self.map.set_mark(chunk, Mark { captured: true, ..mark });
+            return Ok(content);
+        }
+        // The chunk was changed since the cut. Never take what is in the delta now.
+        let Some(versions) = stripe.asides.get_mut(&chunk) else { return Ok(Captured::Gone) };
+        let Some(index) = versions.iter().position(|aside| aside.is_of(snapshot)) else {
+            return Ok(Captured::Gone);
+        };
+        let aside = Arc::clone(&versions[index]);
+        // A snapshot behind this one needs it too, should this one fail.
+        if !self.epochs.pending().iter().skip(1).any(|later| aside.is_of(later)) {
+            versions.remove(index);
+            if versions.is_empty() {
+                stripe.asides.remove(&chunk);
+            }
+        }
+        Ok(Captured::Aside(aside))
+    }
+
+    /// Whether the delta holds the whole chunk, as one hole.
+    fn is_hole(&self, chunk: u64) -> Result<bool, DiskError> {
+        let sectors = Sectors { first: 0, end: self.shape.chunk_sectors(chunk) };
+        if self.map.run(chunk, sectors) != (true, sectors.end) {
+            return Ok(false);
+        }
+        let start = self.at(chunk, 0);
+        let data = self.delta.seek_data(start)?;
+        Ok(data.is_none_or(|data| data >= start + sectors.bytes() as u64))
+    }
+
+    /// Makes chunks of a failed snapshot like any that no snapshot has read.
+    pub(super) fn uncapture(&self, snapshot: &Pending, chunks: &[u64]) {
+        for chunk in chunks {
+            let _stripe = self.stripes.lock(*chunk);
+            let mark = self.map.mark(*chunk);
+            if mark.captured && snapshot.covers(mark.epoch) {
+                self.map.set_mark(*chunk, Mark { captured: false, ..mark });
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl SnapshotChunks for Captures {
+    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, String> {
+        let generation = Arc::clone(&self.generation);
+        let snapshot = self.snapshot.clone();
+        let read = move || -> Result<_, DiskError> {
+            let captured = generation.capture(&snapshot, index)?;
+            let mut chunk = vec![0; generation.shape.chunk_size.len()];
+            let sectors = generation.shape.chunk_sectors(index);
+            let absent = match &captured {
+                Captured::Zeros | Captured::Gone => Vec::new(),
+                Captured::Read(content) => {
+                    content.unpack(&mut chunk)?;
+                    content.absent(sectors)
+                }
+                Captured::Aside(aside) => {
+                    aside.content().unpack(&mut chunk)?;
+                    aside.content().absent(sectors)
+                }
+            };
+            Ok((captured, chunk, absent))
+        };
+        let common = &self.generation.common;
+        let done = common.blocking(read).await.map_err(|error| error.to_string())?;
+        let (captured, mut chunk, absent) = done;
+        // A writer that has no room for a copy may not need one any more.
+        common.budgets().freed().notify_waiters();
+        match captured {
+            Captured::Zeros => return Ok(None),
+            Captured::Gone => {
+                return Err(format!(
+                    "chunk {index} was overwritten after its snapshot was taken and before it \
+                     could be kept, because the snapshot before it failed"
+                ));
+            }
+            Captured::Read(_) | Captured::Aside(_) => {}
+        }
+        // What is aside can go: its bytes are in `chunk`.
+        drop(captured);
+        if !absent.is_empty() {
+            self.fill(index, &absent, &mut chunk).await?;
+        }
+        Ok(Some(chunk.into()))
+    }
+}
+
+impl Captures {
+    /// Fills what the guest never wrote from the base. No lock is held: the base never changes.
+    async fn fill(&self, index: u64, absent: &[Sectors], out: &mut [u8]) -> Result<(), String> {
+        let base = &self.generation.base;
+        let mut fetched = None;
+        for run in absent {
+            let range = run.start_byte()..run.start_byte() + run.bytes();
+            if fetched.is_none() {
+                let to = &mut out[range.clone()];
+                let local = base.read_local(index, range.start as u64, to);
+                if local.map_err(|error| error.to_string())? {
+                    continue;
+                }
+                fetched = Some(self.fetch(index).await?);
+            }
+            match fetched.as_ref().and_then(Option::as_ref) {
+                Some(whole) => out[range.clone()].copy_from_slice(&whole[range]),
+                None => out[range].fill(0),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the repository as long as it takes: the guest's bytes were read already.
+    async fn fetch(&self, index: u64) -> Result<Option<Bytes>, String> {
+        let base = &self.generation.base;
+        loop {
+            match base.fetch(index).await {
+                Ok(whole) => {
+                    (self.stalled)(None);
+                    if let Some(whole) = &whole {
+                        self.generation
+                            .check_fetched(index, whole)
+                            .map_err(|error| error.to_string())?;
+                    }
+                    return Ok(whole);
+                }
+                Err(error) if error.is_transient() => {
+                    (self.stalled)(Some(error.to_string()));
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! The persister of a disk: makes the pending snapshots durable in the background, one at a time
+//! and in order (algorithm 3 of the paper).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use blobcr_proto::v1::{self, SnapshotState};
+
+use super::capture::Captures;
+use super::facts::Pending;
+use super::generation::Generation;
+use super::shared::Shared;
+use super::upstreams::{SnapshotKey, Work};
+use super::{CheckpointImage, Settled, UpstreamError};
+
+/// The first and the longest pause between two tries of a call that failed for want of a
+/// repository. Long enough not to hammer it, short enough that nobody notices once it is back.
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+const RETRY_LONGEST: Duration = Duration::from_secs(5);
+
+/// A snapshot that cannot become stable.
+struct Failed {
+    reason: String,
+    /// The chunks that were taken for it.
+    chunks: Vec<u64>,
+}
+
+impl Failed {
+    fn early(error: impl ToString) -> Self {
+        Self { reason: error.to_string(), chunks: Vec::new() }
+    }
+}
+
+/// Runs until it is aborted.
+pub(super) async fn run(shared: Arc<Shared>) {
+    settle_strays(&shared).await;
+    loop {
+        let generation = shared.generation.load_full();
+        match (generation.epochs.oldest(), shared.checkpoint.get()) {
+            (Some(snapshot), Some(image)) => persist(&shared, &generation, image, snapshot).await,
+            _ => shared.wake.notified().await,
+        }
+    }
+}
+
+/// Calls until the answer is one that waiting does not change.
+async fn retry<T, F: Future<Output = Result<T, UpstreamError>>>(
+    shared: &Shared,
+    mut call: impl FnMut() -> F,
+) -> Result<T, UpstreamError> {
+    let mut pause = RETRY_FIRST;
+    loop {
+        match call().await {
+            Err(error) if error.is_transient() => {
+                shared.set_stalled(Some(error.to_string()));
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY_LONGEST);
+            }
+            answer => {
+                shared.set_stalled(None);
+                return answer;
+            }
+        }
+    }
+}
+
+/// Snapshots that an earlier process began and this one knows nothing of were lost in a host
+/// crash, or failed while nobody could be told: they fail now.
+async fn settle_strays(shared: &Shared) {
+    let Some(image) = shared.checkpoint.get() else { return };
+    let upstream = &shared.common.deps.upstream;
+    let begun = match retry(shared, || upstream.pending(image.id)).await {
+        Ok(begun) => begun,
+        Err(error) => {
+            tracing::warn!(disk = shared.disk(), %error, "cannot ask for stray snapshots");
+            return;
+        }
+    };
+    let known = shared.generation.load().epochs.pending();
+    for number in begun {
+        if number < shared.first_number && known.iter().all(|snapshot| snapshot.number != number) {
+            report_failed(shared, image, number, LOST).await;
+        }
+    }
+    // Nobody else adds to the image: what is newest there is this disk's newest.
+    if let Ok(newest) = retry(shared, || upstream.snapshot(image.id, 0)).await {
+        let is_own = |facts: &super::state_file::Durable| newest.number > facts.last_stable;
+        if newest.number > 1 && is_own(&shared.state.get()) {
+            update_state(shared, newest.number);
+        }
+    }
+}
+
+const LOST: &str = "the host or the mirror stopped before it was persisted";
+
+async fn report_failed(shared: &Shared, image: &CheckpointImage, number: u64, reason: &str) {
+    let key = shared.key(image, number);
+    let upstream = &shared.common.deps.upstream;
+    if let Err(error) = retry(shared, || upstream.fail(&key, reason)).await {
+        tracing::warn!(disk = shared.disk(), number, %error, "cannot report a failed snapshot");
+    }
+}
+
+fn update_state(shared: &Shared, last_stable: u64) {
+    let updated = shared.state.update(|facts| facts.last_stable = last_stable);
+    if let Err(error) = updated {
+        // Only what `status` tells after a host crash depends on it, until the repository is asked.
+        tracing::warn!(disk = shared.disk(), %error, "cannot record the newest stable snapshot");
+    }
+}
+
+async fn persist(
+    shared: &Arc<Shared>,
+    generation: &Arc<Generation>,
+    image: &CheckpointImage,
+    snapshot: Pending,
+) {
+    let number = snapshot.number;
+    if shared.wants_numbers()
+        && let Err(error) = shared.reserve_numbers()
+    {
+        tracing::warn!(disk = shared.disk(), %error, "cannot reserve snapshot numbers ahead");
+    }
+    match attempt(shared, generation, image, &snapshot).await {
+        Ok(root) => {
+            shared.settle(number, Settled::Stable);
+            generation.epochs.stable(&generation.map, root);
+            generation.drop_asides();
+            update_state(shared, number);
+            shared.changed();
+        }
+        Err(Failed { reason, chunks }) => {
+            tracing::warn!(disk = shared.disk(), number, reason, "snapshot failed");
+            let of_blocking = Arc::clone(generation);
+            let merge = move || {
+                of_blocking.uncapture(&snapshot, &chunks);
+                of_blocking.epochs.failed(&of_blocking.map, &chunks);
+                of_blocking.drop_asides();
+                Ok(())
+            };
+            shared.settle(number, Settled::Failed { reason: reason.clone() });
+            if shared.common.blocking(merge).await.is_err() {
+                return;
+            }
+            shared.changed();
+            report_failed(shared, image, number, &reason).await;
+        }
+    }
+}
+
+/// Makes one snapshot stable, and returns its root.
+async fn attempt(
+    shared: &Arc<Shared>,
+    generation: &Arc<Generation>,
+    image: &CheckpointImage,
+    snapshot: &Pending,
+) -> Result<v1::TreeRoot, Failed> {
+    let key = shared.key(image, snapshot.number);
+    let upstream = &shared.common.deps.upstream;
+    if snapshot.number < shared.first_number
+        && let Some(root) = earlier(shared, generation, &key, snapshot).await?
+    {
+        return Ok(root);
+    }
+    retry(shared, || upstream.begin(&key)).await.map_err(Failed::early)?;
+    let of_blocking = Arc::clone(generation);
+    let take = move || Ok(of_blocking.epochs.take_chunks());
+    let chunks = shared.common.blocking(take).await.map_err(Failed::early)?;
+    let base = generation.epochs.facts().stable_root;
+    let of_stalls = Arc::clone(shared);
+    let stalled: Arc<dyn Fn(Option<String>) + Send + Sync> =
+        Arc::new(move |why| of_stalls.set_stalled(why));
+    let captures = Captures {
+        generation: Arc::clone(generation),
+        snapshot: snapshot.clone(),
+        stalled: Arc::clone(&stalled),
+    };
+    let work = Work {
+        pool: generation.source.pool,
+        base: base.unwrap_or_else(|| generation.source.root.clone()),
+        size_bytes: generation.shape.size_bytes,
+        chunks: chunks.clone(),
+        source: &captures,
+        stalled: &*stalled,
+    };
+    let persisted = upstream.persist(&key, work).await;
+    shared.set_stalled(None);
+    let done = match persisted {
+        Ok(persisted) => retry(shared, || upstream.publish(&key, &persisted))
+            .await
+            .map(|_| persisted.root),
+        Err(error) => Err(error),
+    };
+    done.map_err(|error| Failed { reason: error.to_string(), chunks })
+}
+
+/// How far an earlier process got with a snapshot: its root when it is stable, nothing when it is
+/// to be persisted now.
+async fn earlier(
+    shared: &Shared,
+    generation: &Generation,
+    key: &SnapshotKey,
+    snapshot: &Pending,
+) -> Result<Option<v1::TreeRoot>, Failed> {
+    let upstream = &shared.common.deps.upstream;
+    match retry(shared, || upstream.snapshot(key.image_id, key.number)).await {
+        Ok(found) => match (found.state(), found.root) {
+            (SnapshotState::Stable | SnapshotState::Obsolete, Some(root)) => return Ok(Some(root)),
+            (SnapshotState::Failed, _) => return Err(Failed::early(found.reason)),
+            _ => {}
+        },
+        Err(UpstreamError::NotFound(_)) => {}
+        Err(error) => return Err(Failed::early(error)),
+    }
+    if generation.map.is_broken(snapshot.last) {
+        // Some of its bytes were in the memory of the daemon that died.
+        return Err(Failed::early(LOST));
+    }
+    Ok(None)
+}

@@ -1,0 +1,2 @@
+mod cases;
+pub(super) mod support;
