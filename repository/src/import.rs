@@ -18,6 +18,9 @@ const SEGMENT_CHUNKS: usize = 1 << 18;
 /// not sent again, so a second round is quick.
 const ROUNDS_MAX: u32 = 5;
 
+/// The pool of images for which none is named.
+pub const DEFAULT_POOL: &str = "default";
+
 /// A disk of which only a part may hold data.
 #[async_trait]
 pub trait SparseSource: ChunkSource {
@@ -33,7 +36,7 @@ pub trait SparseSource: ChunkSource {
 pub struct NewImage {
     /// Its name.
     pub name: String,
-    /// Name of its pool; empty for the default one.
+    /// Name of its pool; empty for [`DEFAULT_POOL`].
     pub pool: String,
     /// Bytes of its chunks.
     pub chunk_size: ChunkSize,
@@ -89,7 +92,10 @@ pub async fn import(
         Err(error) => return Err(error.into()),
     }
     let geometry = Geometry::new(source.size_bytes(), image.chunk_size, image.fan_out)?;
-    let pool = catalog.get_pool(v1::PoolRef { name: image.pool.clone(), id: 0 }).await?.id;
+    let pool_name =
+        if image.pool.is_empty() { DEFAULT_POOL.to_owned() } else { image.pool.clone() };
+    let image = NewImage { pool: pool_name.clone(), ..image };
+    let pool = catalog.get_pool(v1::PoolRef { name: pool_name, id: 0 }).await?.id;
     let importer = Importer { repository, pool, geometry, source, limits, progress };
     for _ in 0..ROUNDS_MAX {
         let held = lease.current().await?;

@@ -6,8 +6,10 @@ use blobcr_proto::{Hash, v1};
 
 /// Copies of an object at most: beyond this, more copies only add to the cost of a write.
 pub const REPLICAS_MAX: u8 = 8;
-/// Shards of an object at most: the field of the Reed-Solomon code has 255 places.
-pub const SHARDS_MAX: u16 = 255;
+/// Data shards of an object at most: wider stripes cost more reads to repair than they save space.
+pub const DATA_SHARDS_MAX: u8 = 16;
+/// Parity shards of an object at most.
+pub const PARITY_SHARDS_MAX: u8 = 8;
 
 /// How a pool keeps its objects safe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +27,10 @@ pub enum Policy {
 
 /// A text that is no redundancy policy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no redundancy policy; write replica:N (N = 1 to {REPLICAS_MAX}) or ec:K+M")]
+#[error(
+    "{0:?} is no redundancy policy; write replica:N (N from 1 to {REPLICAS_MAX}) or ec:K+M \
+     (K from 2 to {DATA_SHARDS_MAX}, M from 1 to {PARITY_SHARDS_MAX})"
+)]
 pub struct PolicyError(pub String);
 
 impl Policy {
@@ -53,7 +58,8 @@ impl FromStr for Policy {
         match parsed {
             Some(Self::Replica(copies)) if !(1..=REPLICAS_MAX).contains(&copies) => None,
             Some(Self::Erasure { data, parity })
-                if data == 0 || parity == 0 || u16::from(data) + u16::from(parity) > SHARDS_MAX =>
+                if !(2..=DATA_SHARDS_MAX).contains(&data)
+                    || !(1..=PARITY_SHARDS_MAX).contains(&parity) =>
             {
                 None
             }
@@ -163,7 +169,9 @@ mod tests {
             "ec:4",
             "ec:0+2",
             "ec:4+0",
-            "ec:200+100",
+            "ec:1+1",
+            "ec:17+2",
+            "ec:4+9",
             "ec:4+2+1",
             "raid:5",
         ] {

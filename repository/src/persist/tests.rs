@@ -15,7 +15,7 @@ const CHUNK: ChunkSize = ChunkSize::MIN;
 const CHUNK_LEN: usize = CHUNK.len();
 
 fn geometry(size_bytes: u64) -> Geometry {
-    Geometry::new(size_bytes, CHUNK, FanOut::DEFAULT).unwrap()
+    Geometry::new(size_bytes, CHUNK, FanOut::new(64).unwrap()).unwrap()
 }
 
 /// A disk of `chunks` chunks that are all different.
