@@ -18,8 +18,10 @@
 //!   journalled like a growing file is, so it saves no sync; and a file's length is then itself
 //!   evidence of what was written.
 
+use blobcr_proto::Hash;
 use blobcr_proto::codec::{PLAIN_LEN_MAX, crc32c};
-use blobcr_proto::v1::Codec;
+use blobcr_proto::record::RecordKey;
+use blobcr_proto::v1::{Codec, RecordKind};
 
 use super::{Event, Fields, FormatError, Key, Location, StoreId, key_from, kind_code};
 
@@ -115,6 +117,8 @@ pub(crate) enum HeaderEvent {
     Touch,
     /// See [`Event::Tombstone`].
     Tombstone,
+    /// Bytes that mean nothing, where a write was torn; its payload's checksum does not count.
+    Filler,
 }
 
 impl HeaderEvent {
@@ -123,6 +127,7 @@ impl HeaderEvent {
             Self::Put => Event::Put.code(),
             Self::Touch => Event::Touch.code(),
             Self::Tombstone => 3,
+            Self::Filler => 4,
         }
     }
 }
@@ -183,6 +188,7 @@ impl RecordHeader {
             1 => HeaderEvent::Put,
             2 => HeaderEvent::Touch,
             3 => HeaderEvent::Tombstone,
+            4 => HeaderEvent::Filler,
             _ => return Err(FormatError::Damaged("unknown event")),
         };
         let (kind, codec, shard) = (fields.u8(), fields.u8(), fields.u8());
@@ -228,11 +234,43 @@ pub(crate) fn decode_tombstone(payload: &[u8]) -> Result<Location, FormatError> 
     Ok(Location { segment: fields.u32(), unit: fields.u32() })
 }
 
+/// Headers that cover `offset..end` of a segment, which nobody was promised: (place, header).
+/// Both are multiples of [`ALIGN`], and there is room for at least one header between them.
+pub(crate) fn encode_filler(
+    store: StoreId,
+    segment: u32,
+    mut offset: u64,
+    end: u64,
+) -> Vec<(u64, Vec<u8>)> {
+    debug_assert!(offset % ALIGN == 0 && end % ALIGN == 0);
+    // No piece leaves less than a header for the next.
+    let most = PLAIN_LEN_MAX as u64 / 2;
+    let mut out = Vec::new();
+    while end - offset >= RECORD_HEADER_LEN as u64 {
+        let len = if end - offset <= 2 * most { end - offset } else { most };
+        let stored_len = (len - RECORD_HEADER_LEN as u64) as u32;
+        let record = RecordKey::whole(RecordKind::Chunk, Hash([0; Hash::LEN]));
+        let header = RecordHeader {
+            event: HeaderEvent::Filler,
+            key: Key { pool: 0, record },
+            generation: 0,
+            codec: Codec::Plain,
+            plain_len: stored_len,
+            stored_len,
+            payload_crc: 0,
+        };
+        let unit = (offset / ALIGN) as u32;
+        let place = Place { store, location: Location { segment, unit } };
+        let mut bytes = Vec::with_capacity(RECORD_HEADER_LEN);
+        header.encode(place, 0, &mut bytes);
+        out.push((offset, bytes));
+        offset += len;
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
-    use blobcr_proto::Hash;
-    use blobcr_proto::record::RecordKey;
-    use blobcr_proto::v1::RecordKind;
     use proptest::prelude::*;
 
     use super::*;
@@ -294,13 +332,17 @@ mod tests {
             written.extend(payload);
             written.resize(written.len().next_multiple_of(ALIGN as usize), 0);
         }
+        let [(at, filler)] = &encode_filler(STORE, 7, 352, 352 + 96)[..] else { panic!("one") };
+        assert_eq!(*at, written.len() as u64);
+        written.extend(filler);
+        written.resize(written.len() + 16, 0);
         assert_eq!(written, GOLDEN);
         assert_eq!(decode_header(GOLDEN), Ok((STORE, 7)));
         for (unit, durable, header, _) in golden_records() {
             let at = unit as usize * ALIGN as usize;
             assert_eq!(RecordHeader::decode(&GOLDEN[at..], place(unit)), Ok((header, durable)));
         }
-        let target = decode_tombstone(&GOLDEN[GOLDEN.len() - 16..GOLDEN.len() - 8]);
+        let target = decode_tombstone(&GOLDEN[336..344]);
         assert_eq!(target, Ok(Location { segment: 5, unit: 0x99 }));
     }
 
@@ -345,6 +387,20 @@ mod tests {
         record[76..].copy_from_slice(&crc.to_le_bytes());
         let newer = FormatError::Newer { found: 3, known: 1 };
         assert_eq!(RecordHeader::decode(&record, place(4)), Err(newer));
+    }
+
+    #[test]
+    fn fillers_cover_any_length_without_a_gap() {
+        let most = PLAIN_LEN_MAX as u64;
+        for len in [80, 96, 4096, most, most + 80, 2 * most + 16, 5 * most - 16] {
+            let mut at = 64;
+            for (offset, bytes) in encode_filler(STORE, 7, 64, 64 + len) {
+                assert_eq!(offset, at);
+                let read = RecordHeader::decode(&bytes, place((at / ALIGN) as u32));
+                at += read.unwrap().0.frame_len();
+            }
+            assert_eq!(at, 64 + len);
+        }
     }
 
     #[test]

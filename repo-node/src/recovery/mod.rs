@@ -4,10 +4,11 @@
 //! segment that has its listing is not read itself; the last segment has one only after a clean
 //! stop. What was found wrong is told in a [`RecoveryReport`], and costs nothing but itself.
 
+mod finding;
+mod judge;
 mod scan;
 
 use std::collections::BTreeSet;
-use std::fmt;
 use std::sync::Arc;
 
 use crate::disk::{Disk, DiskFile};
@@ -17,145 +18,9 @@ use crate::format::segment::{self, SEGMENT_HEADER_LEN};
 use crate::format::{Event, FormatError, Location, StoreId, identity, listing};
 use crate::index::{Index, State};
 use crate::segments::{Segment, Segments};
-use scan::{Flaw, Scan, scan};
-
-/// What the start of a store found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RecoveryReport {
-    /// What was wrong, and what it means: a line each. Empty after a clean stop of a sound store.
-    pub findings: Vec<Finding>,
-    /// Segments that had to be read, because they had no good listing.
-    pub segments_scanned: u32,
-    /// All segments.
-    pub segments: u32,
-    /// Records in the index.
-    pub records: u64,
-}
-
-/// One thing that the start of a store found wrong.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Finding {
-    /// The last write before the stop was cut short. It had not been acknowledged.
-    TornTail {
-        /// File.
-        segment: String,
-        /// Where it begins.
-        offset: u64,
-        /// Bytes.
-        len: u64,
-    },
-    /// A stretch of a segment is not readable as records.
-    UnreadableBytes {
-        /// File.
-        segment: String,
-        /// Where it begins.
-        offset: u64,
-        /// Bytes.
-        len: u64,
-    },
-    /// A record's payload does not match its checksum.
-    DamagedRecord {
-        /// File.
-        segment: String,
-        /// Where it begins.
-        offset: u64,
-        /// Identity of the record.
-        id: blobcr_proto::Hash,
-    },
-    /// A segment is shorter than when it was closed.
-    TruncatedSegment {
-        /// File.
-        segment: String,
-        /// Bytes that are missing.
-        missing_bytes: u64,
-        /// Records that are missing.
-        missing_records: u64,
-    },
-    /// A segment is gone altogether.
-    MissingSegment {
-        /// File.
-        segment: String,
-        /// Records that are missing.
-        missing_records: u64,
-    },
-    /// The listing of a segment was damaged, and has been made again from the segment.
-    DamagedListing {
-        /// File.
-        listing: String,
-        /// What was wrong with it.
-        detail: String,
-    },
-    /// The header of a segment was damaged; its records are still found by their own headers.
-    DamagedSegmentHeader {
-        /// File.
-        segment: String,
-    },
-    /// A file belongs to another store, and is not used.
-    ForeignSegment {
-        /// File.
-        segment: String,
-        /// The other store.
-        store: StoreId,
-    },
-    /// The node's identity file was lost, and has been made again from the segments.
-    IdentityRestored {
-        /// The identity.
-        store: StoreId,
-    },
-}
-
-impl fmt::Display for Finding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::TornTail { segment, offset, len } => write!(
-                f,
-                "{segment}: the last write, {len} bytes at {offset}, was cut short by the stop; \
-                 nothing of it had been acknowledged: nothing to do"
-            ),
-            Self::UnreadableBytes { segment, offset, len } => write!(
-                f,
-                "{segment}: {len} bytes at {offset} are damaged and the records in them lost; run \
-                 `blobcr scrub` to restore them from other nodes, and check the disk"
-            ),
-            Self::DamagedRecord { segment, offset, id } => write!(
-                f,
-                "{segment}: record {id} at {offset} is damaged; run `blobcr scrub` to restore it \
-                 from other nodes, and check the disk"
-            ),
-            Self::TruncatedSegment { segment, missing_bytes, missing_records } => write!(
-                f,
-                "{segment}: its last {missing_bytes} bytes with {missing_records} records are \
-                 missing; run `blobcr scrub` to restore them from other nodes, and check the disk"
-            ),
-            Self::MissingSegment { segment, missing_records } => write!(
-                f,
-                "{segment} with {missing_records} records is missing; put the file back and \
-                 restart, or run `blobcr scrub` to restore them from other nodes"
-            ),
-            Self::DamagedListing { listing, detail } => write!(
-                f,
-                "{listing}: {detail}; it has been made again from its segment: nothing to do"
-            ),
-            Self::DamagedSegmentHeader { segment } => write!(
-                f,
-                "{segment}: its header is damaged; its records are still found by their own: check \
-                 the disk"
-            ),
-            Self::ForeignSegment { segment, store } => write!(
-                f,
-                "{segment} belongs to store {store} and is not used; move it to that store's \
-                 directory"
-            ),
-            Self::IdentityRestored { store } => write!(
-                f,
-                "the file {} was missing or damaged and has been made again from the segments: \
-                 this is node {store}; check the disk",
-                identity::NAME
-            ),
-        }
-    }
-}
+pub use finding::{Finding, RecoveryReport};
+use judge::{Contents, read_segment};
+use scan::scan;
 
 /// A store as it was found.
 pub(crate) struct Recovered {
@@ -264,25 +129,13 @@ struct Recovery<'a> {
     names: &'a [String],
 }
 
-/// The entries of one segment, from its listing or a scan.
-struct Contents {
-    entries: Vec<Entry>,
-    unreadable: u64,
-    /// Bytes of the segment that stay.
-    len: u64,
-    /// Nothing may be appended: something before its end is not whole.
-    closed: bool,
-    /// They come from a good listing.
-    listed: bool,
-}
-
 impl Recovery<'_> {
     /// Takes in one segment; says whether the store can go on with it.
     fn segment(&mut self, number: u32, is_last: bool) -> Result<Option<Tail>, OpenError> {
         let name = segment::name(number);
         let file = self.disk.open(&name).map_err(io_error("open", &name))?;
         let len = file.length().map_err(io_error("measure", &name))?;
-        let Some(good_header) = self.check_header(&*file, &name, is_last)? else {
+        let Some(good_header) = self.check_header(&*file, &name)? else {
             return Ok(None);
         };
         let listing = self.listing(number)?;
@@ -294,7 +147,10 @@ impl Recovery<'_> {
             }
             outdated => {
                 self.report.segments_scanned += 1;
-                let mut contents = self.scanned(&*file, &name, number, is_last)?;
+                let listed_len = outdated.as_ref().map_or(0, |(summary, _)| summary.segment_len);
+                let place = (self.store, number);
+                let mut contents =
+                    read_segment(&*file, place, (is_last, listed_len), &mut self.report)?;
                 contents.closed |= !good_header;
                 if let Some((summary, entries)) = outdated {
                     self.compare(&name, &contents, summary, &entries);
@@ -330,12 +186,7 @@ impl Recovery<'_> {
     }
 
     /// Whether a segment's header is good; `None` when the file is not to be used.
-    fn check_header(
-        &mut self,
-        file: &dyn DiskFile,
-        name: &str,
-        is_last: bool,
-    ) -> Result<Option<bool>, OpenError> {
+    fn check_header(&mut self, file: &dyn DiskFile, name: &str) -> Result<Option<bool>, OpenError> {
         let bytes = file.read_at(0, SEGMENT_HEADER_LEN).unwrap_or_default();
         match segment::decode_header(&bytes) {
             Ok((store, _)) if store != self.store => {
@@ -348,9 +199,9 @@ impl Recovery<'_> {
                 Err(OpenError::Format { file: name.to_owned(), source })
             }
             Err(_) => {
-                // The last one may have been made just before a power cut; then it holds nothing.
+                // One that was made just before a power cut holds nothing.
                 let len = file.length().map_err(io_error("measure", name))?;
-                if !is_last || len > SEGMENT_HEADER_LEN as u64 {
+                if len > SEGMENT_HEADER_LEN as u64 {
                     let segment = name.to_owned();
                     self.report.findings.push(Finding::DamagedSegmentHeader { segment });
                 }
@@ -374,75 +225,6 @@ impl Recovery<'_> {
                 Ok(None)
             }
         }
-    }
-
-    fn scanned(
-        &mut self,
-        file: &dyn DiskFile,
-        name: &str,
-        number: u32,
-        is_last: bool,
-    ) -> Result<Contents, OpenError> {
-        let len = file.length().map_err(io_error("measure", name))?;
-        let scan = scan(file, len, self.store, number)
-            .map_err(|source| OpenError::Format { file: name.to_owned(), source })?;
-        let contents = self.judge(scan, name, len, is_last);
-        if contents.len < len {
-            file.truncate(contents.len).map_err(io_error("truncate", name))?;
-        }
-        // A killed process may have left whole records that are only in memory. They count from
-        // now on, so they must be on the disk.
-        file.sync().map_err(io_error("sync", name))?;
-        Ok(contents)
-    }
-
-    /// Tells the torn end of a log, which nobody was promised, from damage to what was.
-    fn judge(&mut self, scan: Scan, name: &str, len: u64, is_last: bool) -> Contents {
-        let promised = if is_last { scan.durable } else { u64::MAX };
-        // What had been synced stays, even if it is damaged: a header tells whose it was.
-        let end = if is_last { scan.end.max(scan.durable.min(len)) } else { len };
-        let segment = || name.to_owned();
-        let mut torn = BTreeSet::new();
-        let mut torn_at = None;
-        let (mut unreadable, mut closed) = (0, false);
-        for flaw in scan.flaws {
-            let (offset, flaw_end) = match flaw {
-                Flaw::Payload(at) => {
-                    let entry = &scan.entries[at];
-                    let offset = u64::from(entry.unit) * segment::ALIGN;
-                    (offset, offset + segment::frame_len(entry.stored_len))
-                }
-                Flaw::Gap(offset, end) => (offset, end),
-            };
-            closed |= offset < end;
-            match flaw {
-                _ if offset >= promised => {
-                    torn_at.get_or_insert(offset);
-                    if let Flaw::Payload(at) = flaw {
-                        torn.insert(at);
-                    }
-                }
-                Flaw::Payload(at) => {
-                    let id = scan.entries[at].key.record.id;
-                    let segment = segment();
-                    self.report.findings.push(Finding::DamagedRecord { segment, offset, id });
-                }
-                Flaw::Gap(..) => {
-                    let len = flaw_end - offset;
-                    unreadable += len;
-                    let segment = segment();
-                    self.report.findings.push(Finding::UnreadableBytes { segment, offset, len });
-                }
-            }
-        }
-        if let Some(offset) = torn_at {
-            let (segment, len) = (segment(), len - offset);
-            self.report.findings.push(Finding::TornTail { segment, offset, len });
-        }
-        let numbered = scan.entries.into_iter().enumerate();
-        let entries = numbered.filter(|(at, _)| !torn.contains(at)).map(|(_, entry)| entry);
-        let entries = entries.collect();
-        Contents { entries, unreadable, len: end, closed, listed: false }
     }
 
     /// A segment that is not as long as its listing says: cut off since, or appended to since.

@@ -58,6 +58,10 @@ pub(super) fn scan(
         match read_record(&mut window, at, store, number)? {
             Read::Record { entry, durable, next } => {
                 scan.durable = scan.durable.max(durable);
+                let Some(entry) = entry else {
+                    at = next;
+                    continue;
+                };
                 if entry.damaged {
                     scan.flaws.push(Flaw::Payload(scan.entries.len()));
                 } else {
@@ -78,11 +82,16 @@ pub(super) fn scan(
 }
 
 enum Read {
-    Record { entry: Entry, durable: u64, next: u64 },
+    /// A good header; a filler has no entry.
+    Record {
+        entry: Option<Entry>,
+        durable: u64,
+        next: u64,
+    },
     Nothing,
 }
 
-/// The place of the next good record header at or behind `at`, or the end of the file.
+/// The place of the next record with a good header at or behind `at`, or the end of the file.
 fn find_record(
     window: &mut Window<'_>,
     mut at: u64,
@@ -126,6 +135,7 @@ fn read_record(
             // Without its target it says nothing.
             _ => return Ok(Read::Nothing),
         },
+        HeaderEvent::Filler => return Ok(Read::Record { entry: None, durable: 0, next }),
     };
     let entry = Entry {
         event,
@@ -135,6 +145,7 @@ fn read_record(
         stored_len: header.stored_len,
         damaged: !whole,
     };
+    let entry = Some(entry);
     Ok(Read::Record { entry, durable: u64::from(durable) * ALIGN, next })
 }
 

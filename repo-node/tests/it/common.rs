@@ -1,5 +1,4 @@
 //! What the tests share: records made from a number, and a store in a directory of its own.
-#![allow(dead_code, clippy::allow_attributes, reason = "each test binary uses a part")]
 
 use std::path::Path;
 

@@ -1,15 +1,13 @@
 //! The store over gRPC: what the messages and statuses of `records.proto` promise.
 
-mod common;
-
 use std::sync::Arc;
 
+use crate::common::{chunk, open, options};
 use blobcr_proto::v1;
 use blobcr_proto::v1::record_store_client::RecordStoreClient;
 use blobcr_proto::{Hash, MESSAGE_BYTES_MAX};
 use blobcr_repo_node::service::{LIST_LIMIT_MAX, RECORDS_PER_REQUEST_MAX};
 use blobcr_repo_node::{ChunkStore, server_builder, service};
-use common::{chunk, open, options};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::Code;
 use tonic::transport::Channel;

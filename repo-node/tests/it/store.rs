@@ -1,12 +1,10 @@
 //! What a sound store does: put, get, touch, delete, list, and all of it again after a restart.
 
-mod common;
-
+use crate::common::{assert_holds, chunk, key, open, options, shard, text};
 use blobcr_proto::Hash;
 use blobcr_proto::v1::{Codec, RecordKind};
 use blobcr_repo_node::disk::LockError;
 use blobcr_repo_node::{ChunkStore, DeleteOutcome, Fetched, OpenError, PutOutcome, StoreError};
-use common::{assert_holds, chunk, key, open, options, shard, text};
 
 const POOL: u32 = 3;
 const SEGMENT: u64 = 1 << 20;
@@ -116,7 +114,7 @@ fn what_is_not_what_it_says_is_refused_and_nothing_of_the_request_kept() {
     let mut wrong_checksum = chunk(3, 100);
     wrong_checksum.payload_crc32c ^= 1;
     let mut wrong_shard = shard(4, 1, 100);
-    wrong_shard.payload = common::plain(9, 100);
+    wrong_shard.payload = crate::common::plain(9, 100);
     let mut no_ref = chunk(5, 100);
     no_ref.r#ref = None;
     for bad in [wrong_identity, wrong_checksum, wrong_shard, no_ref] {
