@@ -89,10 +89,18 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 if [ $need_rust = yes ]; then
     if ! command -v rustup >/dev/null; then
-        say "installing rustup (https://rustup.rs) for $(id -un)"
-        curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
-            sh -s -- -y --profile minimal --default-toolchain none >&2 ||
-            fail "cannot install rustup; check the network"
+        from=https://static.rust-lang.org/rustup/dist/$(uname -m)-unknown-linux-gnu/rustup-init
+        say "installing rustup for $(id -un) from $from"
+        work=$(mktemp -d)
+        trap 'rm -rf "$work"' EXIT
+        for file in rustup-init rustup-init.sha256; do
+            curl --proto '=https' --tlsv1.2 -sSfo "$work/$file" "${from%/*}/$file" ||
+                fail "cannot fetch $file; check the network"
+        done
+        [ "$(cut -d' ' -f1 "$work/rustup-init.sha256")" = "$(sha256sum "$work/rustup-init" | cut -d' ' -f1)" ] ||
+            fail "what was fetched from $from is damaged; try again"
+        chmod 755 "$work/rustup-init"
+        "$work/rustup-init" -y --profile minimal --default-toolchain none >&2 || fail "rustup-init failed"
     fi
     say "rustup: the stable toolchain"
     rustup toolchain install stable --profile minimal >&2
