@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use arc_swap::ArcSwap;
 use blobcr_proto::DiskName;
 
+use crate::base::DiskBases;
 use crate::disk::Disk;
 use crate::inode;
 
@@ -31,6 +32,8 @@ struct Use {
 #[derive(Debug)]
 pub(crate) struct Served {
     pub(crate) disk: Arc<Disk>,
+    /// What lies below it.
+    pub(crate) bases: Arc<DiskBases>,
     pub(crate) ino: u64,
     access: Mutex<Access>,
     usage: Mutex<Use>,
@@ -48,7 +51,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Served {
-    pub(crate) fn new(disk: Arc<Disk>, access: Access) -> Arc<Self> {
+    pub(crate) fn new(disk: Arc<Disk>, bases: Arc<DiskBases>, access: Access) -> Arc<Self> {
         let created = Duration::from_millis(disk.spec().created_unix_ms);
         Arc::new(Self {
             ino: inode::of_disk(disk.name()),
@@ -56,6 +59,7 @@ impl Served {
             usage: Mutex::default(),
             modified_unix_ns: AtomicU64::new(u64::try_from(created.as_nanos()).unwrap_or(0)),
             disk,
+            bases,
         })
     }
 

@@ -88,25 +88,42 @@ impl Snapshots {
         base
     }
 
-    /// Why reads of `root` wait just now.
-    #[must_use]
-    pub fn stalled(&self, pool: u32, root: &Root) -> Option<String> {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.get(&(pool, *root)).and_then(Weak::upgrade)?.stall.reason()
-    }
-
     /// Ends all waiting for the repository; whoever waits gets an error.
     pub fn stop(&self) {
         self.fetcher.stop();
     }
 }
 
-impl BaseOpener for Arc<Snapshots> {
+/// Opens the snapshots below one disk, and knows which one that is now.
+#[derive(Debug)]
+pub struct DiskBases {
+    snapshots: Arc<Snapshots>,
+    newest: Mutex<Weak<SnapshotBase>>,
+}
+
+impl DiskBases {
+    /// For a disk that is about to be made or opened.
+    #[must_use]
+    pub fn new(snapshots: Arc<Snapshots>) -> Arc<Self> {
+        Arc::new(Self { snapshots, newest: Mutex::default() })
+    }
+
+    /// Why reads of the snapshot below the disk wait just now; `None` when none does.
+    #[must_use]
+    pub fn stalled(&self) -> Option<String> {
+        let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        newest.upgrade()?.stall.reason()
+    }
+}
+
+impl BaseOpener for DiskBases {
     fn open(&self, source: &Source) -> Result<Arc<dyn Base>, BaseError> {
         let root = Root::try_from(&source.root).map_err(|error| {
             BaseError::Open(format!("{}@{}: {error}", source.image, source.number))
         })?;
-        Ok(self.base(source.pool, root))
+        let base = self.snapshots.base(source.pool, root);
+        *self.newest.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&base);
+        Ok(base)
     }
 }
 

@@ -198,10 +198,10 @@ async fn reads_wait_while_the_repository_is_away_and_say_so() {
         let base = Arc::clone(&base);
         async move { whole(&base, 1).await }
     });
-    while snapshots.stalled(POOL, &root).is_none() {
+    while base.stall.reason().is_none() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    let why = snapshots.stalled(POOL, &root).unwrap();
+    let why = base.stall.reason().unwrap();
     assert!(why.contains("1 reads wait") && why.contains("no node answers"), "{why}");
     // Zeros and what is known need nobody.
     assert_eq!(base.fetch(10_000).await.unwrap(), None);
@@ -209,7 +209,7 @@ async fn reads_wait_while_the_repository_is_away_and_say_so() {
     assert!(!read.is_finished());
     world.pool.faults().up();
     assert_eq!(read.await.unwrap(), expected(1));
-    assert_eq!(snapshots.stalled(POOL, &root), None);
+    assert_eq!(base.stall.reason(), None);
 }
 
 #[tokio::test(start_paused = true)]
@@ -359,7 +359,7 @@ fn a_source_that_makes_no_sense_is_refused() {
     let world = World::new();
     let root = v1::TreeRoot { size_bytes: 1, chunk_size: 7, fan_out: 64, node: Bytes::new() };
     let source = Source { image: "vm".into(), image_id: 1, number: 3, pool: POOL, root };
-    let Err(error) = BaseOpener::open(&world.snapshots(), &source) else {
+    let Err(error) = DiskBases::new(world.snapshots()).open(&source) else {
         panic!("a chunk size of 7 bytes was accepted");
     };
     assert!(error.to_string().contains("vm@3"), "{error}");

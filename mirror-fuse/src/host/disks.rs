@@ -36,11 +36,8 @@ impl Host {
     fn describe(&self, served: &Served) -> v1::Disk {
         let mut disk = served.disk.status();
         disk.path = self.disk_path(&disk.name);
-        let source = &served.disk.spec().source;
-        if disk.stalled.is_empty()
-            && let Ok(root) = (&source.root).try_into()
-        {
-            disk.stalled = self.0.snapshots.stalled(source.pool, &root).unwrap_or_default();
+        if disk.stalled.is_empty() {
+            disk.stalled = served.bases.stalled().unwrap_or_default();
         }
         disk
     }
@@ -63,9 +60,10 @@ impl Host {
         })?;
         let (image, snapshot) = self.0.repository.snapshot(wanted).await?;
         let spec = self.spec(&name, &image, &snapshot, request.size_bytes)?;
-        let (dir, deps) = (self.disk_dir(name.as_str()), self.0.deps.clone());
+        let dir = self.disk_dir(name.as_str());
+        let (bases, deps) = self.deps();
         let disk = spawn_blocking(move || Disk::create(&dir, spec, deps)).await??;
-        let served = Served::new(disk, self.0.options.access());
+        let served = Served::new(disk, bases, self.0.options.access());
         place.serve(Arc::clone(&served));
         tracing::info!(disk = %name, image = image.name, snapshot = snapshot.number, "attached");
         Ok(self.describe(&served))

@@ -16,9 +16,9 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
-use crate::base::{FetchLimits, Snapshots};
+use crate::base::{DiskBases, FetchLimits, Snapshots};
 use crate::cache::{CacheLimits, CacheStatus, ChunkCache};
-use crate::disk::{Budgets, Disk, DiskDeps, DiskError, Upstream};
+use crate::disk::{BaseOpener, Budgets, Disk, DiskDeps, DiskError, Upstream};
 use crate::fuse::{self, Front, FrontOptions, Mounted};
 use crate::identity::{Directory, make_durable};
 use crate::images::Images;
@@ -100,7 +100,7 @@ impl Host {
             .map_err(failed(&cache_dir))?;
         let writer = directory.writer();
         let budgets = Budgets::new(options.aside_bytes, options.spill_bytes);
-        let deps = DiskDeps::new(Arc::new(Arc::clone(&snapshots)), upstream, budgets)
+        let deps = DiskDeps::new(DiskBases::new(Arc::clone(&snapshots)), upstream, budgets)
             .map_err(failed(&options.dir))?;
         let disks_dir = options.dir.join("disks");
         make_durable(&disks_dir).map_err(failed(&disks_dir))?;
@@ -121,6 +121,13 @@ impl Host {
 
     fn disk_dir(&self, name: &str) -> PathBuf {
         self.0.options.dir.join("disks").join(name)
+    }
+
+    /// What a disk works with: all the same for every disk, but for what lies below it.
+    fn deps(&self) -> (Arc<DiskBases>, DiskDeps) {
+        let bases = DiskBases::new(Arc::clone(&self.0.snapshots));
+        let opener: Arc<dyn BaseOpener> = Arc::<DiskBases>::clone(&bases);
+        (bases, DiskDeps { bases: opener, ..self.0.deps.clone() })
     }
 
     /// Takes over the disks of an earlier run: after a clean stop, a kill, or a crash of the host.
@@ -145,9 +152,10 @@ impl Host {
 
     fn open_disk(&self, name: &DiskName) {
         let dir = self.disk_dir(name.as_str());
-        match Disk::open(&dir, self.0.deps.clone()) {
+        let (bases, deps) = self.deps();
+        match Disk::open(&dir, deps) {
             Ok(disk) => match self.0.disks.reserve(name) {
-                Ok(place) => place.serve(Served::new(disk, self.0.options.access())),
+                Ok(place) => place.serve(Served::new(disk, bases, self.0.options.access())),
                 Err(taken) => tracing::error!(%name, ?taken, "two disks of one name or number"),
             },
             Err(DiskError::Absent(_)) => {

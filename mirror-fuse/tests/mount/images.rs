@@ -9,11 +9,7 @@ use blobcr_proto::v1::RecordKind;
 use blobcr_repository::CatalogError;
 use rustix::io::Errno;
 
-use crate::support::{CHUNK, World, eventually, pattern};
-
-fn errno<T: std::fmt::Debug>(result: std::io::Result<T>) -> Errno {
-    Errno::from_io_error(&result.expect_err("the call must fail")).unwrap()
-}
+use crate::support::{CHUNK, World, errno, eventually, pattern};
 
 #[test]
 fn a_snapshot_is_a_plain_read_only_file() {

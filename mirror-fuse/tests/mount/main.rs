@@ -2,6 +2,14 @@
 //! fusermount3.
 
 #[cfg(test)]
+mod disks;
+#[cfg(test)]
+mod hosts;
+#[cfg(test)]
 mod images;
+#[cfg(test)]
+mod ioctls;
+#[cfg(test)]
+mod stress;
 #[cfg(test)]
 mod support;

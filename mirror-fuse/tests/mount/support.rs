@@ -63,22 +63,46 @@ pub(crate) struct World {
     pub(crate) catalog: MemoryCatalog,
     pub(crate) pool: MemoryPool,
     /// Holds the mirror's directory and the mount point.
-    pub(crate) dir: tempfile::TempDir,
+    pub(crate) dir: Place,
+}
+
+/// A temporary directory, or one that belongs to another process.
+pub(crate) enum Place {
+    Own(tempfile::TempDir),
+    Lent(PathBuf),
+}
+
+impl Place {
+    pub(crate) fn path(&self) -> &Path {
+        match self {
+            Self::Own(dir) => dir.path(),
+            Self::Lent(dir) => dir,
+        }
+    }
 }
 
 impl World {
     pub(crate) fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        // Other users must be able to reach the mount point.
+        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(dir.path(), open).unwrap();
+        std::fs::create_dir(dir.path().join("mnt")).unwrap();
+        Self::on(Place::Own(dir))
+    }
+
+    /// In the place of another process's world, with an empty repository of its own.
+    pub(crate) fn at(dir: PathBuf) -> Self {
+        Self::on(Place::Lent(dir))
+    }
+
+    fn on(dir: Place) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
             .build()
             .unwrap();
         let (repository, catalog, pool) = memory_repository();
-        let dir = tempfile::tempdir().unwrap();
-        // Other users must be able to reach the mount point.
-        let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        std::fs::set_permissions(dir.path(), open).unwrap();
-        std::fs::create_dir(dir.path().join("mnt")).unwrap();
         Self { runtime, repository, catalog, pool, dir }
     }
 
@@ -244,4 +268,10 @@ pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
         assert!(Instant::now() < end, "{what} did not come about");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Why a call failed.
+pub(crate) fn errno<T: std::fmt::Debug>(result: std::io::Result<T>) -> rustix::io::Errno {
+    let error = result.expect_err("the call must fail");
+    rustix::io::Errno::from_io_error(&error).unwrap()
 }
