@@ -13,6 +13,9 @@ use super::finding::{Finding, RecoveryReport};
 use super::io_error;
 use super::scan::{Flaw, Scan, scan};
 
+/// Bytes that are written again at a time.
+const REWRITE_BYTES: u64 = 4 << 20;
+
 /// What one segment holds, from its listing or a scan.
 pub(super) struct Contents {
     pub(super) entries: Vec<Entry>,
@@ -65,9 +68,24 @@ pub(super) fn read_segment(
         }
     }
     // A killed process may have left whole records that are only in memory. They count from now
-    // on, so they must be on the disk.
+    // on, so they must be on the disk. Had it been a sync that failed, the kernel would take them
+    // for written: so they are written again.
+    rewrite(file, promised, contents.len).map_err(io_error("write again the end of", &name))?;
     file.sync().map_err(io_error("sync", &name))?;
     Ok(contents)
+}
+
+/// Writes the bytes from `at` to `end` over themselves. That is the last group at the most.
+fn rewrite(file: &dyn DiskFile, mut at: u64, end: u64) -> io::Result<()> {
+    while at < end {
+        let bytes = file.read_at(at, (end - at).min(REWRITE_BYTES) as usize)?;
+        if bytes.is_empty() {
+            break;
+        }
+        file.write_at(at, &mut [IoSlice::new(&bytes)])?;
+        at += bytes.len() as u64;
+    }
+    Ok(())
 }
 
 /// Takes out what lies behind everything promised and is not whole: (first, behind the last).
