@@ -107,10 +107,12 @@ struct Keeper {
     state: watch::Sender<State>,
 }
 
-/// The sum, and the lease's own time when it says one.
+/// When the lease ends: by its own time where it says one, counted from before the question (the
+/// service counts from a later moment).
 fn ends(asked: Instant, lease: &v1::Lease, ttl: Duration) -> Instant {
-    // Counted from before the question: the service counts from a later moment.
-    asked + if lease.ttl_ms == 0 { ttl } else { Duration::from_millis(lease.ttl_ms) }
+    let lives = if lease.ttl_ms == 0 { ttl } else { Duration::from_millis(lease.ttl_ms) };
+    // A time that no clock can hold would be a faulty service's.
+    asked.checked_add(lives).unwrap_or(asked + ttl)
 }
 
 impl Keeper {

@@ -1,5 +1,7 @@
 //! The client against the real metadata service and real repository nodes, over sockets.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;

@@ -20,6 +20,8 @@ const WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// One question of a long wait: a server that died is found out after so long at the latest.
 const WAIT_SLICE: Duration = Duration::from_secs(20);
+/// The longest wait: what is longer is meant to be for ever, and would not fit a clock.
+const WAIT_TIME_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 /// What an answer to such a question may take beyond the time that it names.
 const WAIT_MARGIN: Duration = Duration::from_secs(5);
 
@@ -136,7 +138,8 @@ impl RemoteCatalog {
         &self,
         request: v1::WaitSnapshotRequest,
     ) -> Result<v1::Snapshot, CatalogError> {
-        let until = Instant::now() + Duration::from_millis(request.timeout_ms);
+        let wait = Duration::from_millis(request.timeout_ms).min(WAIT_TIME_MAX);
+        let until = Instant::now() + wait;
         loop {
             let left = until - Instant::now();
             let slice = left.min(WAIT_SLICE);

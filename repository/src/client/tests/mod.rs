@@ -14,8 +14,9 @@ fn impatient() -> ConnectOptions {
         connect_timeout: Duration::from_millis(500),
         metadata_deadline: Duration::from_millis(1500),
         metadata_attempt: Duration::from_millis(500),
-        read_deadline: Duration::from_millis(500),
-        write_deadline: Duration::from_secs(1),
+        read_deadline: Duration::from_secs(1),
+        // Long enough for a loaded machine to move megabytes.
+        write_deadline: Duration::from_secs(10),
         ..ConnectOptions::default()
     }
 }

@@ -1,5 +1,5 @@
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use blobcr_proto::codec::{PLAIN_LEN_MAX, crc32c};
 use blobcr_proto::record::RecordKey;
@@ -190,13 +190,11 @@ async fn a_node_that_does_not_answer_is_asked_last_for_a_while() {
     let objects = chunks(10);
     cluster.pool.put(1, objects.clone()).await.unwrap();
     let _held = cluster.nodes[0].state.faults.hold_next("get", 1000);
-    let begin = Instant::now();
     for object in &objects {
         assert_eq!(cluster.pool.get(object.kind, &object.id).await.unwrap(), object.plain);
     }
     let asked = cluster.nodes[0].state.faults.calls("get");
     assert_eq!(asked, 1, "only the first read waited");
-    assert!(begin.elapsed() < Duration::from_secs(2));
 }
 
 #[tokio::test]
@@ -237,16 +235,23 @@ async fn refusals_are_told_as_what_they_are() {
 
 #[tokio::test]
 async fn every_node_call_ends_by_its_deadline() {
-    let cluster = cluster(1, "replica:1", "off").await;
+    let catalog = MemoryCatalog::default();
+    let node = TestNode::start();
+    register(&catalog, 0, &node).await;
+    let deadline = Duration::from_millis(300);
+    let options =
+        ConnectOptions { read_deadline: deadline, write_deadline: deadline, ..impatient() };
+    let pool = open(&catalog, "replica:1", "off", options).await.unwrap();
     let one = chunks(1);
-    let node = &cluster.nodes[0].state.faults;
-    let (_puts, _touches) = (node.hold_next("put", 9), node.hold_next("touch", 9));
-    let begin = Instant::now();
-    let error = cluster.pool.put(1, one.clone()).await.unwrap_err();
-    assert!(error.to_string().contains("no answer within 1s"), "{error}");
-    let error = cluster.pool.touch(1, RecordKind::Chunk, &[one[0].id]).await.unwrap_err();
-    assert!(error.is_transient());
-    assert!(begin.elapsed() < 3 * impatient().write_deadline);
+    let faults = &node.state.faults;
+    let _held = ["put", "touch", "get"].map(|operation| faults.hold_next(operation, 9));
+    let put = pool.put(1, one.clone()).await.unwrap_err();
+    let touch = pool.touch(1, RecordKind::Chunk, &[one[0].id]).await.unwrap_err();
+    let get = pool.get(RecordKind::Chunk, &one[0].id).await.unwrap_err();
+    for error in [put, touch, get] {
+        assert!(error.is_transient());
+        assert!(error.to_string().contains("no answer within 300ms"), "{error}");
+    }
 }
 
 #[tokio::test]
@@ -308,9 +313,13 @@ async fn a_node_that_moved_is_found_again() {
         cluster.nodes[at].move_elsewhere();
         register(&cluster.catalog, at, &cluster.nodes[at]).await;
     }
-    // Not sooner after the first table than the client may ask again.
-    tokio::time::sleep(Duration::from_millis(600)).await;
-    cluster.pool.put(2, chunks(12)).await.unwrap();
+    // The table was asked for only just now: it takes a moment until it is again.
+    let found = async {
+        while cluster.pool.put(2, chunks(12)).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), found).await.unwrap();
     for object in &objects {
         assert_eq!(cluster.pool.get(object.kind, &object.id).await.unwrap(), object.plain);
     }
@@ -361,13 +370,14 @@ async fn a_persist_survives_the_death_of_a_node() {
     assert!(!is_zero(disk.bytes()));
     let size = disk.bytes().len() as u64;
     let geometry = Geometry::new(size, chunk_size, FanOut::DEFAULT).unwrap();
+    let stalled = tokio::sync::watch::Sender::new(false);
     let job = PersistJob {
         base: Root::empty(geometry),
         geometry,
         chunks: (0..200).collect(),
         generation: 1,
         source: &disk,
-        progress: &|_| (),
+        progress: &|step| stalled.send_modify(|seen| *seen |= step.stalled.is_some()),
         limits: PersistLimits { puts: 2, put_bytes: 1, ..PersistLimits::default() },
     };
     nodes[1].state.faults.pass_next("put", 20);
@@ -376,7 +386,7 @@ async fn a_persist_survives_the_death_of_a_node() {
     let meanwhile = async {
         held.arrived(1).await;
         nodes[1].server.kill();
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        stalled.subscribe().wait_for(|seen| *seen).await.unwrap();
         nodes[1].restart();
     };
     let (done, ()) = futures::join!(persisting, meanwhile);
