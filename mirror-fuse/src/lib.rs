@@ -7,6 +7,7 @@
 //! | [`cache`] | the clean chunks of a host, shared by all its disks |
 //! | [`host`] | the mirror of one host: attach, detach, checkpoint, start and stop |
 //! | [`host_service`] | the same as a gRPC service |
+//! | [`upstream`] | the repository as the disks see it |
 //! | [`ioctl`] | CLONE, COMMIT and STATUS of a disk, as bytes |
 //! | [`mount`] | the mount point: is it fit, and how to get rid of a mount |
 //! | `fuse` | the front end; the only file that names the fuser crate |
@@ -28,6 +29,8 @@ pub mod ioctl;
 mod listing;
 pub mod mount;
 mod registry;
+pub mod upstream;
 mod view;
 
 pub use host::{Host, HostError, HostOptions};
+pub use identity::DirectoryError;
