@@ -2,6 +2,8 @@
 
 use std::io;
 
+use blobcr_mirror_fuse::mount::MountError;
+use blobcr_mirror_fuse::{DirectoryError, HostError};
 use blobcr_repository::tree::TreeError;
 use blobcr_repository::{CatalogError, ImportError, ReadError, StoreError};
 use tonic::Code;
@@ -167,6 +169,16 @@ fn of_role(error: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     }
 }
 
+fn of_host(error: &HostError) -> Option<Exit> {
+    match error {
+        HostError::Directory(DirectoryError::Locked(_)) => Some(Exit::Conflict),
+        HostError::Directory(DirectoryError::Damaged(_)) => Some(Exit::Integrity),
+        HostError::Mount(MountError::Busy { .. } | MountError::NotEmpty(_)) => Some(Exit::Conflict),
+        HostError::Mount(MountError::Absent(_)) => Some(Exit::NotFound),
+        _ => None,
+    }
+}
+
 fn of_io(error: &io::Error) -> Exit {
     match error.kind() {
         io::ErrorKind::NotFound => Exit::NotFound,
@@ -194,6 +206,7 @@ pub fn code(failure: &anyhow::Error) -> Exit {
                 .or_else(|| error.downcast_ref().and_then(of_import))
                 .or_else(|| error.downcast_ref().and_then(of_metadata))
                 .or_else(|| of_role(error))
+                .or_else(|| error.downcast_ref().and_then(of_host))
                 .or_else(|| error.downcast_ref().map(of_io))
         })
         .unwrap_or(Exit::Other)

@@ -94,9 +94,8 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Proxy(args) => role::proxy::run(args, output).await,
         Command::Metadata(args) => role::metadata::run(args, output).await,
         Command::RepoNode(args) => role::repo_node::run(args, output).await,
-        Command::Up(_) | Command::Mirror(_) => {
-            anyhow::bail!("not wired yet")
-        }
+        Command::Mirror(args) => Box::pin(role::mirror::run(args, output)).await,
+        Command::Up(args) => Box::pin(role::up::run(args, output)).await,
     }
 }
 

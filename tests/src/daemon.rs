@@ -25,7 +25,9 @@ pub fn blobcr() -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe()?;
     // target/PROFILE/blobcr-demo, or target/PROFILE/deps/cli_image-0123456789abcdef
     let found = own.ancestors().skip(1).take(2).map(|dir| dir.join("blobcr")).find(|p| p.is_file());
-    found.context("there is no blobcr beside the tests: `cargo build -p blobcr-cli` (`./do test` does)")
+    found.context(
+        "there is no blobcr beside the tests: `cargo build -p blobcr-cli` (`./do test` does)",
+    )
 }
 
 /// Waits until `condition` holds.

@@ -67,14 +67,20 @@ pub(super) fn other_users(config: &Path) -> Check {
     if rustix::process::geteuid().is_root() {
         return Check::ok(NAME, "root may let other users into its mounts");
     }
-    match fs::read_to_string(config) {
-        Ok(text) if allows_other(&text) => Check::ok(NAME, "user_allow_other is set"),
-        _ => Check::warn(
-            NAME,
-            "only this user will see the mount, so a hypervisor must run as this user too",
-            format!("add the line `user_allow_other` to {}", config.display()),
-        ),
+    if others_may_enter(config) {
+        return Check::ok(NAME, "user_allow_other is set");
     }
+    Check::warn(
+        NAME,
+        "only this user will see the mount, so a hypervisor must run as this user too",
+        format!("add the line `user_allow_other` to {}", config.display()),
+    )
+}
+
+/// Whether this user may let others into its mounts. `config` is `/etc/fuse.conf`.
+pub(crate) fn others_may_enter(config: &Path) -> bool {
+    let root = rustix::process::geteuid().is_root();
+    root || fs::read_to_string(config).is_ok_and(|text| allows_other(&text))
 }
 
 fn allows_other(fuse_conf: &str) -> bool {

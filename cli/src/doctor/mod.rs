@@ -4,6 +4,7 @@ mod fuse;
 mod host;
 mod storage;
 
+pub(crate) use fuse::others_may_enter;
 pub(crate) use storage::free_bytes;
 
 use std::path::Path;

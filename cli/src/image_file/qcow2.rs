@@ -134,7 +134,8 @@ async fn check(path: &Path) -> anyhow::Result<()> {
 }
 
 fn is_locked(stderr: &[u8]) -> bool {
-    String::from_utf8_lossy(stderr).contains("lock")
+    // Failed to get shared "write" lock
+    String::from_utf8_lossy(stderr).contains("\" lock")
 }
 
 /// A line of `qemu-img map --output=json`.

@@ -101,6 +101,10 @@ fn taken(path: &Path) -> Refusal {
 }
 
 fn check_free(path: &Path, replace: bool) -> anyhow::Result<()> {
+    if path == Path::new("-") {
+        let message = "an export writes holes, which needs a file: give its name";
+        return Err(Refusal::new(Exit::Usage, message).into());
+    }
     match fs::symlink_metadata(path) {
         Ok(meta) if !meta.is_file() => {
             let message = format!("{} is no regular file, and is not replaced", path.display());

@@ -1,0 +1,202 @@
+//! `blobcr up`: every role in one process over one directory.
+//!
+//! ```text
+//! DIR/lock        taken by the process that runs here
+//! DIR/endpoint    its address, while it is ready
+//! DIR/metadata/   DIR/nodes/1/ … N/   DIR/mirror/   DIR/vms/   DIR/mnt/
+//! ```
+//! The roles talk to each other over loopback as they do over a network: nothing here is special.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use blobcr_ckpt_proxy::{Proxy, ProxyOptions};
+use blobcr_metadata::MetadataService;
+use blobcr_metadata::policy::Policy;
+use blobcr_mirror_fuse::Host;
+use blobcr_repo_node::server_builder;
+use blobcr_repository::{ConnectOptions, Repository};
+use tokio::net::TcpListener;
+
+use super::directory::Described;
+use super::limits::raise_open_files;
+use super::lock::DirLock;
+use super::repo_node::{RepoNode, register};
+use super::serve::{Ready, Served, bind};
+use super::{metadata, mirror};
+use crate::args::UpArgs;
+use crate::endpoint::EndpointFile;
+use crate::exit::{Exit, Refusal};
+use crate::interrupt::Interrupts;
+use crate::output::Output;
+
+/// Runs everything until it is told to stop.
+///
+/// # Errors
+/// When the directory is in use, or a role cannot start.
+pub async fn run(args: UpArgs, output: Output) -> anyhow::Result<()> {
+    let mut interrupts = Interrupts::listen()?;
+    raise_open_files();
+    let lock = DirLock::take(&args.dir)?;
+    EndpointFile::remove_stale(&args.dir)?;
+    let dir = args.dir.canonicalize()?;
+    let mut roles = Roles::default();
+    let started = interrupts.guard(Box::pin(roles.start(&args, &dir))).await;
+    if let Err(failure) = started {
+        roles.stop().await;
+        return Err(failure);
+    }
+    let outcome = roles.serve(&dir, interrupts, output).await;
+    let stopped = roles.stop().await;
+    drop(lock);
+    outcome.and(stopped)
+}
+
+/// The roles that have been started, each to be stopped before what it needs.
+#[derive(Default)]
+struct Roles {
+    address: String,
+    metadata: Option<MetadataService>,
+    nodes: Vec<RepoNode>,
+    host: Option<Host>,
+    proxy: Option<Proxy>,
+    services: Vec<Served>,
+}
+
+impl Roles {
+    async fn start(&mut self, args: &UpArgs, dir: &Path) -> anyhow::Result<()> {
+        let nodes = node_count(args, &dir.join("nodes"))?;
+        let (listener, address) = bind(&args.listen).await?;
+        self.address.clone_from(&address);
+        let metadata = metadata::open(&dir.join("metadata")).await?;
+        self.metadata = Some(metadata.clone());
+        // The roles find the metadata at an address of its own: the endpoint answers only when
+        // everything behind it is ready.
+        let (internal, at) = bind("127.0.0.1:0").await?;
+        let router = server_builder().add_service(blobcr_metadata::service(metadata.clone()));
+        self.services.push(Served::start(router, internal));
+        let repository = Repository::connect(&[at], ConnectOptions::default()).await?;
+        for number in 1..=nodes {
+            self.start_node(&dir.join("nodes").join(number.to_string()), &repository).await?;
+        }
+        metadata::ensure_pool(&metadata, args.pool.as_deref()).await?;
+        let mount = args.mount.clone().unwrap_or_else(|| dir.join("mnt"));
+        let host = mirror::start(&dir.join("mirror"), &mount, &args.limits, repository).await?;
+        self.host = Some(host.clone());
+        self.start_endpoint(dir, metadata, &host, listener).await
+    }
+
+    async fn start_node(&mut self, dir: &Path, repository: &Repository) -> anyhow::Result<()> {
+        let (listener, address) = bind("127.0.0.1:0").await?;
+        let node = RepoNode::start(dir, listener, Described::new("repo-node")).await?;
+        let registration = node.registration(address, None);
+        self.nodes.push(node);
+        Ok(register(repository, &registration).await?)
+    }
+
+    async fn start_endpoint(
+        &mut self,
+        dir: &Path,
+        metadata: MetadataService,
+        host: &Host,
+        listener: TcpListener,
+    ) -> anyhow::Result<()> {
+        let proxy = Proxy::start(ProxyOptions::new(dir.join("vms"), self.address.clone()))?;
+        self.proxy = Some(proxy.clone());
+        let router = server_builder()
+            .add_service(blobcr_metadata::service(metadata))
+            .add_service(host.service())
+            .add_service(proxy.service())
+            .add_service(Described::new("up").service());
+        self.services.push(Served::start(router, listener));
+        Ok(())
+    }
+
+    /// Says that everything is ready, and returns when it is to stop.
+    async fn serve(
+        &self,
+        dir: &Path,
+        interrupts: Interrupts,
+        output: Output,
+    ) -> anyhow::Result<()> {
+        let host = self.host.as_ref().context("the mirror has not been started")?;
+        let endpoint = EndpointFile::publish(dir, &self.address)
+            .with_context(|| format!("cannot write to {}", dir.display()))?;
+        let mount = Some(host.mount_point().display().to_string());
+        Ready { role: "up", address: self.address.clone(), mount }.announce(output)?;
+        mirror::until_stopped_or_unmounted(interrupts, host).await?;
+        drop(endpoint);
+        Ok(())
+    }
+
+    /// Stops what was started, whatever fails on the way.
+    async fn stop(mut self) -> anyhow::Result<()> {
+        if let Some(proxy) = self.proxy.take()
+            && tokio::time::timeout(PROXY_STOP, proxy.stop()).await.is_err()
+        {
+            tracing::warn!("a request of a VM was still under way");
+        }
+        let mut outcome = Ok(());
+        if let Some(host) = self.host.take() {
+            outcome = host.stop().await.map_err(anyhow::Error::from);
+        }
+        for served in self.services.drain(..).rev() {
+            served.stop().await;
+        }
+        for node in self.nodes.drain(..) {
+            outcome = outcome.and(node.stop().await);
+        }
+        if let Some(metadata) = self.metadata.take() {
+            metadata.close().await;
+        }
+        outcome
+    }
+}
+
+/// A guest that waits for a stable snapshot may wait long: it asks again when the host is back.
+const PROXY_STOP: Duration = Duration::from_secs(5);
+
+/// How many nodes to run: those that have data, those that were asked for, or what the policy
+/// needs.
+fn node_count(args: &UpArgs, nodes: &Path) -> anyhow::Result<u32> {
+    let existing =
+        existing_nodes(nodes).with_context(|| format!("cannot read {}", nodes.display()))?;
+    let needed = match &args.pool {
+        Some(policy) => {
+            let policy: Policy =
+                policy.parse().map_err(|e| Refusal::new(Exit::Usage, format!("--pool: {e}")))?;
+            policy.nodes() as u32
+        }
+        None => 1,
+    };
+    if let Some(asked) = args.nodes {
+        if asked < needed {
+            let message = format!(
+                "--pool {} needs {needed} nodes and --nodes gives {asked}",
+                args.pool.as_deref().unwrap_or_default()
+            );
+            return Err(Refusal::new(Exit::Usage, message).into());
+        }
+        if asked < existing {
+            tracing::warn!(existing, asked, "all nodes that have data are started");
+        }
+    }
+    Ok(args.nodes.unwrap_or(needed).max(existing))
+}
+
+/// The highest number of a node that has a directory.
+fn existing_nodes(nodes: &Path) -> io::Result<u32> {
+    let entries = match fs::read_dir(nodes) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
+        entries => entries?,
+    };
+    let mut highest = 0;
+    for entry in entries {
+        let number = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+        highest = highest.max(number.unwrap_or(0));
+    }
+    Ok(highest)
+}

@@ -1,0 +1,209 @@
+//! The roles as separate processes: the same verbs, through whichever endpoint.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use blobcr_tests::cluster::{Ran, json, mounts_below, run};
+use blobcr_tests::daemon::{Daemon, wait_until};
+use blobcr_tests::disk_file::{noise, same, sparse};
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a temporary path is ASCII")
+}
+
+/// One metadata server, `nodes` nodes, one mirror and one proxy.
+struct Processes {
+    // In the order in which they are to end.
+    proxy: Daemon,
+    mirror: Daemon,
+    nodes: Vec<Daemon>,
+    /// `None` while a test has it down.
+    metadata: Option<Daemon>,
+    dir: TempDir,
+}
+
+impl Processes {
+    fn start(nodes: u32, policy: &str) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("blobcr-roles-").tempdir()?;
+        let path = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
+        let role = |name: &str, args: &[&str]| {
+            let (own, log) = (path(name), dir.path().join(format!("{name}.log")));
+            let word = name.trim_end_matches(|c: char| c.is_ascii_digit());
+            let mut all = vec![word];
+            match word {
+                "proxy" => all.extend(["--sockets", &own]),
+                _ => all.extend(["--listen", "127.0.0.1:0", "--dir", &own]),
+            }
+            all.extend(args);
+            Daemon::start(&all, &log)
+        };
+        let metadata = role("metadata", &["--pool", policy])?;
+        let at = metadata.address().to_owned();
+        let nodes = (1..=nodes)
+            .map(|number| role(&format!("repo-node{number}"), &["--metadata", &at]))
+            .collect::<Result<_>>()?;
+        let mount = path("mnt");
+        let mirror = role("mirror", &["--metadata", &at, "--mount", &mount])?;
+        let proxy = role("proxy", &["--mirror", mirror.address()])?;
+        Ok(Self { proxy, mirror, nodes, metadata: Some(metadata), dir })
+    }
+
+    fn json(&self, args: &[&str]) -> Result<Value> {
+        json(self.mirror.address().as_ref(), args)
+    }
+
+    fn metadata(&self) -> Result<&str> {
+        Ok(self.metadata.as_ref().context("no metadata server runs")?.address())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn stop(self) -> Result<()> {
+        self.proxy.stop(Signal::TERM)?;
+        self.mirror.stop(Signal::TERM)?;
+        for node in self.nodes {
+            node.stop(Signal::TERM)?;
+        }
+        self.metadata.context("no metadata server runs")?.stop(Signal::TERM)?;
+        assert!(mounts_below(self.dir.path())?.is_empty());
+        Ok(())
+    }
+}
+
+fn image(processes: &Processes) -> Result<PathBuf> {
+    let pieces: [(u64, &[u8]); 1] = [(123_456, &noise(5, 2 << 20))];
+    sparse(&processes.path("raw"), 32 << 20, &pieces)
+}
+
+#[test]
+fn every_verb_works_through_the_mirror() -> Result<()> {
+    let processes = Processes::start(3, "replica:2")?;
+    let raw = image(&processes)?;
+    let at = processes.mirror.address().to_owned();
+    processes.json(&["image", "import", text(&raw), "base"])?;
+    let disk = processes.json(&["disk", "attach", "base", "d1"])?;
+    let path = PathBuf::from(disk["path"].as_str().context("no path")?);
+    same(&raw, &path)?;
+    let made = processes.json(&["disk", "checkpoint", "d1", "--wait"])?;
+    assert_eq!(made["state"], "stable");
+    // The proxy tells its mirror where it is.
+    let mut added = None;
+    wait_until("the mirror knows its proxy", || {
+        let ran = run(at.as_ref(), &["--json", "vm", "add", "vm1", "--disk", "d1"])?;
+        added = (ran.code == 0).then_some(ran.stdout);
+        Ok(added.is_some())
+    })?;
+    let vm: Value = serde_json::from_str(&added.context("no VM")?)?;
+    assert_eq!(vm["socket"], text(&processes.path("proxy/vm1.sock")));
+    // The proxy leads to everything as well.
+    let through_proxy = json(processes.proxy.address().as_ref(), &["status"])?;
+    assert_eq!(through_proxy["disks"][0]["disk"], "d1");
+    assert_eq!(through_proxy["nodes"].as_array().map(Vec::len), Some(3));
+    processes.stop()
+}
+
+#[test]
+fn a_metadata_server_serves_images_and_says_where_disks_are() -> Result<()> {
+    let processes = Processes::start(1, "replica:1")?;
+    let raw = image(&processes)?;
+    let metadata = processes.metadata()?;
+    json(metadata.as_ref(), &["image", "import", text(&raw), "base"])?;
+    assert!(json(metadata.as_ref(), &["status"])?["disks"].is_null());
+    let refused = run(metadata.as_ref(), &["disk", "list"])?;
+    assert_eq!(refused.code, 5, "{refused:?}");
+    assert!(refused.stderr.contains("mirror"), "{refused:?}");
+    // A node leads to its metadata server too.
+    let node = processes.nodes[0].address();
+    assert_eq!(json(node.as_ref(), &["image", "list"])?[0]["image"], "base");
+    processes.stop()
+}
+
+#[test]
+fn a_node_that_is_down_shows_and_its_copies_are_elsewhere() -> Result<()> {
+    let mut processes = Processes::start(3, "replica:2")?;
+    let raw = image(&processes)?;
+    processes.json(&["image", "import", text(&raw), "base"])?;
+    let before = processes.json(&["status"])?;
+    assert_eq!((&before["degraded_chunks"], &before["repair"]), (&0.into(), &Value::Null));
+
+    let down = processes.nodes.remove(0);
+    let address = down.address().to_owned();
+    down.kill()?;
+    let status = processes.json(&["status"])?;
+    assert!(status["degraded_chunks"].as_u64().unwrap() > 0, "{status}");
+    let listed = processes.json(&["node", "list"])?;
+    let states: Vec<_> = listed
+        .as_array()
+        .context("no list")?
+        .iter()
+        .filter(|node| node["state"] == "down")
+        .map(|node| node["address"].clone())
+        .collect();
+    assert_eq!(states, [address.as_str()]);
+    let out = processes.path("out");
+    processes.json(&["image", "export", "base", text(&out)])?;
+    same(&raw, &out)?;
+    assert_eq!(processes.json(&["snapshot", "verify", "base@1"])?["intact"], true);
+    // Two copies cannot be made of everything now, and half of the pool is not written to.
+    let other = sparse(&processes.path("other"), 8 << 20, &[(0, &noise(9, 4 << 20))])?;
+    let at = processes.mirror.address();
+    let refused: Ran = run(at.as_ref(), &["image", "import", text(&other), "other"])?;
+    assert_eq!(refused.code, 5, "{refused:?}");
+    assert_eq!(run(at.as_ref(), &["image", "info", "other"])?.code, 3);
+
+    // The node comes back at another address and takes its place again.
+    let log = processes.path("repo-node1.log");
+    let dir = processes.path("repo-node1");
+    let metadata = processes.metadata()?.to_owned();
+    let args =
+        ["repo-node", "--listen", "127.0.0.1:0", "--dir", text(&dir), "--metadata", &metadata];
+    let back = Daemon::start(&args, &log)?;
+    assert_eq!(processes.json(&["status"])?["degraded_chunks"], 0);
+    processes.nodes.push(back);
+    processes.json(&["image", "import", text(&other), "other"])?;
+    processes.stop()
+}
+
+#[test]
+fn the_roles_wait_for_a_metadata_server_that_is_away() -> Result<()> {
+    let mut processes = Processes::start(1, "replica:1")?;
+    let raw = image(&processes)?;
+    processes.json(&["image", "import", text(&raw), "base"])?;
+    let disk = processes.json(&["disk", "attach", "base", "d1"])?;
+    let path = PathBuf::from(disk["path"].as_str().context("no path")?);
+    same(&raw, &path)?;
+    let address = processes.metadata()?.to_owned();
+    processes.metadata.take().context("no metadata server runs")?.kill()?;
+    // What the host has needs nobody.
+    same(&raw, &path)?;
+    let down = run(processes.mirror.address().as_ref(), &["image", "list"])?;
+    assert_eq!(down.code, 5, "{down:?}");
+    let dir = processes.path("metadata");
+    let args = ["metadata", "--listen", &address, "--dir", text(&dir)];
+    processes.metadata = Some(Daemon::start(&args, &processes.path("metadata.log"))?);
+    assert_eq!(processes.json(&["image", "list"])?[0]["image"], "base");
+    assert_eq!(processes.json(&["disk", "checkpoint", "d1", "--wait"])?["state"], "stable");
+    processes.stop()
+}
+
+#[test]
+fn a_role_that_never_reached_its_metadata_stops_when_told() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let log = dir.path().join("log");
+    let child = std::process::Command::new(blobcr_tests::daemon::blobcr()?)
+        .args(["repo-node", "--listen", "127.0.0.1:0", "--metadata", "127.0.0.1:1", "--dir"])
+        .arg(dir.path().join("node"))
+        .stderr(fs::File::create(&log)?)
+        .spawn();
+    let mut child = child?;
+    wait_until("it complains", || Ok(fs::read_to_string(&log)?.contains("not registered yet")))?;
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::TERM)?;
+    assert!(child.wait()?.success(), "{}", fs::read_to_string(&log)?);
+    Ok(())
+}
