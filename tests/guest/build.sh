@@ -41,6 +41,8 @@ if [ -z "$kernel" ]; then
     (cd "$work" && apt-get -qq -o APT::Sandbox::User= download "$package" >&2) ||
         fail "cannot fetch $package; check the network, or run apt-get update"
     dpkg-deb -x "$work/$package"_*.deb "$work/tree"
+    # Debian 13 keeps modules under /usr/lib; the tools look for them under /lib.
+    [ -e "$work/tree/lib" ] || ln -s usr/lib "$work/tree/lib"
     depmod -b "$work/tree" "$(basename "$work"/tree/lib/modules/*)"
     mv "$work/tree" "$cache/$package"
     rm -rf "$work"

@@ -7,6 +7,8 @@ use blobcr_proto::v1::channel_reply::Reply;
 use blobcr_proto::v1::channel_request::Request;
 use blobcr_proto::v1::{CheckpointRequest, VmStatusRequest, WaitStableRequest};
 use bytes::{BufMut, BytesMut};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use tokio::io::AsyncWriteExt;
 use tonic::Code;
 
@@ -82,6 +84,38 @@ async fn half_a_frame_does_not_swallow_the_next_request() {
         peer.raw(&[*byte]).await;
     }
     assert_eq!(peer.answer().await.unwrap().0, 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_came_before_a_request_is_answered() {
+    let setup = Setup::new().await;
+    for seed in 0..60 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut peer = setup.peer("one").await;
+        for _ in 0..random.random_range(1..6) {
+            let mut piece = match random.random_range(0..3) {
+                0 => frame(random.random(), status()),
+                1 => raw_frame(random.random(), vec![7; random.random_range(0..3000)]),
+                _ => BytesMut::from(&random.random::<[u8; 32]>()[..]),
+            };
+            for _ in 0..random.random_range(0..4) {
+                let at = random.random_range(0..piece.len());
+                piece[at] ^= 1 << random.random_range(0..8);
+            }
+            piece.truncate(random.random_range(0..=piece.len()));
+            peer.raw(&piece).await;
+        }
+        peer.send(u64::MAX, status()).await;
+        let answered = async {
+            while let Some((id, _)) = peer.answer().await {
+                if id == u64::MAX {
+                    return true;
+                }
+            }
+            false
+        };
+        assert!(in_time(&format!("seed {seed}"), answered).await, "seed {seed}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
