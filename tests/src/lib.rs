@@ -2,8 +2,14 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`cluster`] | a `blobcr up` in a directory of its own |
+//! | [`daemon`] | a single role as a process |
+//! | [`disk_file`] | files that stand for disks |
 //! | [`guest_image`] | the smallest real guest, built from Debian's packages |
 //! | [`vm`] | a virtual machine under QEMU |
 
+pub mod cluster;
+pub mod daemon;
+pub mod disk_file;
 pub mod guest_image;
 pub mod vm;
