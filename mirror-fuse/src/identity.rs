@@ -45,7 +45,7 @@ pub enum DirectoryError {
 /// A mirror's directory, locked until this is dropped or the process ends.
 #[derive(Debug)]
 pub(crate) struct Directory {
-    _lock: File,
+    lock: File,
     identity: u128,
 }
 
@@ -109,12 +109,26 @@ impl Directory {
             }
             Err(error) => return Err(failed(&path)(error)),
         };
-        Ok(Self { _lock: lock, identity })
+        Ok(Self { lock, identity })
+    }
+
+    /// Lets another mirror have it. Explicitly, because closing the file is not enough while a child
+    /// process that was just forked has not yet closed its copy.
+    pub(crate) fn unlock(&self) {
+        if let Err(error) = flock(&self.lock, FlockOperation::Unlock) {
+            tracing::warn!(%error, "the mirror's directory stays locked until the process ends");
+        }
     }
 
     /// Names the mirror towards the repository.
     pub(crate) fn writer(&self) -> String {
         format!("mirror-{:032x}", self.identity)
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        self.unlock();
     }
 }
 

@@ -160,8 +160,9 @@ pub(crate) fn prepare(point: &Path, allow_other: bool) -> Result<PathBuf, MountE
         _ => io_error(error),
     })?;
     if let Some(mount) = mounted_at(&real).map_err(io_error)? {
+        // Not `stat`: the kernel may answer that from what it remembers of a dead one.
         let dead = matches!(
-            rustix::fs::stat(&real),
+            rustix::fs::statfs(&real),
             Err(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED)
         );
         let busy = || {

@@ -1,7 +1,7 @@
 //! What is done with the disks of a mirror.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use blobcr_proto::units::IMAGE_SIZE_MAX;
 use blobcr_proto::{DiskName, v1};
@@ -11,6 +11,10 @@ use super::{Host, HostError, lock};
 use crate::disk::{Committed, Disk, DiskSpec, Source};
 use crate::inode;
 use crate::registry::{Closed, Entry, Served, Taken};
+
+/// How long a disk that is in use may take to be closed, before a caller is refused.
+const LAST_CLOSE_WAIT: Duration = Duration::from_millis(500);
+const LAST_CLOSE_POLL: Duration = Duration::from_millis(5);
 
 fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -123,7 +127,7 @@ impl Host {
             return self.detach_broken(name, &why, discard_changes).await;
         }
         let served = self.served(name)?;
-        let closed = self.close(&served)?;
+        let closed = self.close(&served).await?;
         let status = served.disk.status();
         if !discard_changes && (status.dirty_bytes > 0 || !status.pending.is_empty()) {
             return Err(HostError::Precondition(format!(
@@ -165,17 +169,27 @@ impl Host {
         Ok(())
     }
 
-    fn close(&self, served: &Arc<Served>) -> Result<Closed, HostError> {
-        served.close().map_err(|open| {
-            HostError::Precondition(match open {
-                0 => format!("disk {} is just being changed; try again", served.disk.name()),
-                open => format!(
-                    "disk {} is in use: its file is open {open} times; stop the virtual machine \
-                     first (`fuser {}` tells who has it)",
-                    served.disk.name(),
-                    self.disk_path(served.disk.name())
-                ),
-            })
+    /// Keeps everybody from opening the disk. The kernel tells of a last close a moment after it, so
+    /// somebody who has just stopped a virtual machine is not refused at once.
+    async fn close(&self, served: &Arc<Served>) -> Result<Closed, HostError> {
+        let until = Instant::now() + LAST_CLOSE_WAIT;
+        loop {
+            match served.close() {
+                Ok(closed) => return Ok(closed),
+                Err(_) if Instant::now() < until => tokio::time::sleep(LAST_CLOSE_POLL).await,
+                Err(open) => return Err(self.in_use(served.disk.name(), open)),
+            }
+        }
+    }
+
+    fn in_use(&self, name: &str, open: u64) -> HostError {
+        HostError::Precondition(match open {
+            0 => format!("disk {name} is just being changed; try again"),
+            open => format!(
+                "disk {name} is in use: its file is open {open} times; stop the virtual machine \
+                 first (`fuser {}` tells who has it)",
+                self.disk_path(name)
+            ),
         })
     }
 
@@ -250,7 +264,7 @@ impl Host {
     pub async fn rollback(&self, name: &str, number: u64) -> Result<v1::Disk, HostError> {
         self.check_running()?;
         let served = self.served(name)?;
-        let _closed = self.close(&served)?;
+        let _closed = self.close(&served).await?;
         served.disk.rollback(number).await?;
         served.touch();
         Ok(self.describe(&served))

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use blobcr_proto::DiskName;
-use blobcr_repository::Repository;
+use blobcr_repository::{PersistLimits, Repository};
 use futures::future::join_all;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -18,12 +18,13 @@ use tokio::task::spawn_blocking;
 
 use crate::base::{DiskBases, FetchLimits, Snapshots};
 use crate::cache::{CacheLimits, CacheStatus, ChunkCache};
-use crate::disk::{BaseOpener, Budgets, Disk, DiskDeps, DiskError, Upstream};
+use crate::disk::{BaseOpener, Budgets, Disk, DiskDeps, DiskError};
 use crate::fuse::{self, Front, FrontOptions, Mounted};
 use crate::identity::{Directory, make_durable};
 use crate::images::Images;
 use crate::mount;
 use crate::registry::{Disks, Served};
+use crate::upstream::RepositoryUpstream;
 use crate::view::View;
 
 pub use error::HostError;
@@ -50,7 +51,7 @@ struct Inner {
     disks: Arc<Disks>,
     mounted: Mutex<Option<Mounted>>,
     stopping: watch::Sender<bool>,
-    _directory: Directory,
+    directory: Directory,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -64,12 +65,8 @@ impl Host {
     /// # Errors
     /// When another mirror runs on the directory, or the mount point is not fit. A disk that cannot
     /// be opened is no error: it is listed with the reason, and left alone.
-    pub async fn start(
-        options: HostOptions,
-        repository: Repository,
-        upstream: Arc<dyn Upstream>,
-    ) -> Result<Self, HostError> {
-        let host = spawn_blocking(move || Self::open(options, repository, upstream)).await??;
+    pub async fn start(options: HostOptions, repository: Repository) -> Result<Self, HostError> {
+        let host = spawn_blocking(move || Self::open(options, repository)).await??;
         host.open_disks().await?;
         let serving = host.clone();
         spawn_blocking(move || serving.mount()).await??;
@@ -77,11 +74,7 @@ impl Host {
         Ok(host)
     }
 
-    fn open(
-        options: HostOptions,
-        repository: Repository,
-        upstream: Arc<dyn Upstream>,
-    ) -> Result<Self, HostError> {
+    fn open(options: HostOptions, repository: Repository) -> Result<Self, HostError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |source| HostError::Io { path, source }
@@ -99,6 +92,8 @@ impl Host {
         let snapshots = Snapshots::open(&cache_dir, repository.clone(), Arc::clone(&cache), fetch)
             .map_err(failed(&cache_dir))?;
         let writer = directory.writer();
+        let upstream =
+            Arc::new(RepositoryUpstream::new(repository.clone(), PersistLimits::default()));
         let budgets = Budgets::new(options.aside_bytes, options.spill_bytes);
         let deps = DiskDeps::new(DiskBases::new(Arc::clone(&snapshots)), upstream, budgets)
             .map_err(failed(&options.dir))?;
@@ -114,7 +109,7 @@ impl Host {
             disks: Arc::default(),
             mounted: Mutex::default(),
             stopping: watch::channel(false).0,
-            _directory: directory,
+            directory,
             options,
         })))
     }
@@ -237,6 +232,7 @@ impl Host {
                 result = result.and(Err(error.into()));
             }
         }
+        self.0.directory.unlock();
         result
     }
 

@@ -77,10 +77,9 @@ fn detaching_asks_before_it_throws_anything_away() {
     assert!(text.contains("open 1 times"), "{text}");
     file.write_all_at(b"precious", 0).unwrap();
     drop(file);
-    // The kernel tells us of the last close a moment later.
-    eventually("the refusal of unsaved changes", || {
-        code(detach(false)).1.contains("in no stable snapshot")
-    });
+    let (kind, text) = code(detach(false));
+    assert_eq!(kind, Code::FailedPrecondition);
+    assert!(text.contains("in no stable snapshot"), "{text}");
     let snapshot = mirror.checkpoint("d");
     mirror.wait_stable(&snapshot);
     eventually("nothing pending", || mirror.host().get("d").unwrap().pending.is_empty());
@@ -94,7 +93,7 @@ fn detaching_asks_before_it_throws_anything_away() {
     let again = mirror.attach("vm", "d");
     assert!(fs::read(again).unwrap() == pattern(2 * CHUNK));
     open(&path).write_all_at(b"rubbish", 0).unwrap();
-    eventually("detaching with discard", || detach(true).is_ok());
+    detach(true).unwrap();
 }
 
 #[test]
@@ -118,9 +117,9 @@ fn a_rollback_brings_back_what_was() {
     let rollback = |number| mirror.block_on(mirror.host().rollback("d", number));
     assert_eq!(code(rollback(0)).0, Code::FailedPrecondition, "somebody has it open");
     drop(file);
-    eventually("the rollback", || rollback(first.number).is_ok());
+    rollback(first.number).unwrap();
     assert!(fs::read(&path).unwrap() == model);
-    eventually("the rollback to the newest", || rollback(0).is_ok());
+    rollback(0).unwrap();
     let now = fs::read(&path).unwrap();
     assert_eq!(&now[CHUNK as usize - 2..CHUNK as usize + 4], b"second");
     assert_eq!(now[..6], model[..6]);
@@ -141,7 +140,8 @@ fn several_disks_are_checkpointed_together_and_once_for_a_key() {
     let first = take(&both, "key 1").unwrap();
     assert_eq!(first.iter().map(|made| made.disk.as_str()).collect::<Vec<_>>(), ["a", "b"]);
     assert_ne!(first[0].image, first[1].image);
-    assert_eq!(take(&both, "key 1").unwrap(), first);
+    let again = take(&both, "key 1").unwrap();
+    assert!(first.iter().zip(&again).all(|(a, b)| (&a.image, a.number) == (&b.image, b.number)));
     let second = take(&both, "key 2").unwrap();
     assert!(second[0].number > first[0].number);
     first.iter().chain(&second).for_each(|made| drop(mirror.wait_stable(made)));
@@ -321,7 +321,6 @@ fn a_killed_mirror_loses_nothing_and_its_mount_is_cleared_away() {
         victim.kill();
         let error = errno(file.read_at(&mut [0], 0));
         assert!(matches!(error, Errno::NOTCONN | Errno::CONNABORTED), "{error}");
-        assert_eq!(errno(fs::metadata(world.dir.path().join("mnt"))), Errno::NOTCONN);
     }
     let mirror: Mirror<'_> = world.start();
     assert!(fs::read(mirror.path("disks/d.raw")).unwrap() == model);

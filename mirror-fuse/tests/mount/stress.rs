@@ -129,16 +129,7 @@ impl<'a> Differ<'a> {
     fn check_all(&self) {
         assert!(fs::read(&self.path).unwrap() == self.model, "the disk");
         for (image, number, model) in &self.snapshots {
-            let id = 0;
-            let wanted = blobcr_proto::v1::SnapshotRef {
-                image: Some(blobcr_proto::v1::ImageRef { name: image.clone(), id }),
-                number: *number,
-            };
-            let request = blobcr_proto::v1::WaitSnapshotRequest {
-                snapshot: Some(wanted),
-                timeout_ms: 60_000,
-            };
-            self.world.block_on(self.world.repository.catalog().wait_snapshot(request)).unwrap();
+            self.world.wait_stable(image, *number);
             let path = self.mirror().path(format!("images/{image}/{number}.raw"));
             assert!(fs::read(path).unwrap() == *model, "snapshot {image}@{number}");
         }
@@ -164,7 +155,7 @@ fn random_operations_do_what_they_would_do_to_plain_bytes() {
 }
 
 /// Runs fio on the disk, with COMMITs all the while, and lets fio verify every block.
-fn fio(engine: &str, more: &[&str]) {
+fn fio(engine: &str, blocks: &str, more: &[&str]) {
     let world = World::new();
     world.image("vm", pattern(64 << 20));
     let mirror = world.start();
@@ -181,7 +172,8 @@ fn fio(engine: &str, more: &[&str]) {
             made
         });
         let ran = Command::new("fio")
-            .args(["--name=verify", "--rw=randwrite", "--bsrange=512-128k", "--blockalign=512"])
+            .args(["--name=verify", "--rw=randwrite"])
+            .args([format!("--bsrange={blocks}-128k"), format!("--blockalign={blocks}")])
             .args(["--size=48m", "--offset=4m", "--verify=crc32c", "--verify_fatal=1"])
             .args(["--do_verify=1", "--verify_backlog=64", "--fallocate=none"])
             .args(["--randrepeat=0", "--fsync=64", "--output-format=terse"])
@@ -207,20 +199,20 @@ fn fio(engine: &str, more: &[&str]) {
 
 #[test]
 fn fio_verifies_with_io_uring() {
-    fio("io_uring", &["--direct=1", "--iodepth=16"]);
+    fio("io_uring", "512", &["--direct=1", "--iodepth=16"]);
 }
 
 #[test]
 fn fio_verifies_with_libaio() {
-    fio("libaio", &["--direct=1", "--iodepth=16"]);
+    fio("libaio", "512", &["--direct=1", "--iodepth=16"]);
 }
 
 #[test]
 fn fio_verifies_with_plain_calls() {
-    fio("psync", &[]);
+    fio("psync", "512", &[]);
 }
 
 #[test]
 fn fio_verifies_through_a_map() {
-    fio("mmap", &["--bs=4k", "--size=16m"]);
+    fio("mmap", "4k", &[]);
 }

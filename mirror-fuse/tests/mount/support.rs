@@ -12,7 +12,7 @@ use blobcr_proto::{ChunkSize, v1};
 use blobcr_repository::import::{NewImage, SparseSource, import};
 use blobcr_repository::testing::{MemoryCatalog, MemoryPool, memory_repository};
 use blobcr_repository::{
-    ChunkSource, LEASE_TTL, LeaseKeeper, PersistLimits, Repository, SourceError,
+    CatalogError, ChunkSource, LEASE_TTL, LeaseKeeper, PersistLimits, Repository, SourceError,
 };
 use bytes::Bytes;
 use tokio::runtime::Runtime;
@@ -133,50 +133,46 @@ impl World {
         })
     }
 
+    /// Waits until a snapshot that was handed out is stable. The repository may hear of it later
+    /// than the guest.
+    pub(crate) fn wait_stable(&self, image: &str, number: u64) -> v1::Snapshot {
+        let image = Some(v1::ImageRef { name: image.to_owned(), id: 0 });
+        let snapshot = Some(v1::SnapshotRef { image, number });
+        let request = v1::WaitSnapshotRequest { snapshot, timeout_ms: 60_000 };
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            let wait = self.repository.catalog().wait_snapshot(request.clone());
+            match self.block_on(wait) {
+                Err(CatalogError::NotFound(_)) if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                waited => {
+                    let done = waited.unwrap();
+                    assert_eq!(done.state(), v1::SnapshotState::Stable, "{}", done.reason);
+                    return done;
+                }
+            }
+        }
+    }
+
     pub(crate) fn start(&self) -> Mirror<'_> {
         self.try_start(self.options()).expect("mounting needs /dev/fuse, and root or fusermount3")
     }
 
     pub(crate) fn try_start(&self, options: HostOptions) -> Result<Mirror<'_>, HostError> {
         let mount = options.mount.clone();
-        let host = self.block_on(start(options, self.repository.clone()))?;
+        let host = self.block_on(Host::start(options, self.repository.clone()))?;
         Ok(Mirror { world: self, host: Some(host), mount })
     }
 }
 
-async fn start(options: HostOptions, repository: Repository) -> Result<Host, HostError> {
-    Host::start(options, repository, Arc::new(Nobody)).await
-}
-
-struct Nobody;
-use blobcr_mirror_fuse::disk::*;
-#[async_trait]
-impl Upstream for Nobody {
-    async fn clone_image(
-        &self,
-        _: &str,
-        _: &v1::SnapshotRef,
-        _: &str,
-    ) -> Result<v1::CloneImageResponse, UpstreamError> {
-        unimplemented!()
-    }
-    async fn begin(&self, _: &SnapshotKey) -> Result<(), UpstreamError> {
-        unimplemented!()
-    }
-    async fn persist(&self, _: &SnapshotKey, _: Work<'_>) -> Result<Persisted, UpstreamError> {
-        unimplemented!()
-    }
-    async fn publish(&self, _: &SnapshotKey, _: &Persisted) -> Result<v1::Snapshot, UpstreamError> {
-        unimplemented!()
-    }
-    async fn fail(&self, _: &SnapshotKey, _: &str) -> Result<(), UpstreamError> {
-        unimplemented!()
-    }
-    async fn snapshot(&self, _: u64, _: u64) -> Result<v1::Snapshot, UpstreamError> {
-        unimplemented!()
-    }
-    async fn pending(&self, _: u64) -> Result<Vec<u64>, UpstreamError> {
-        unimplemented!()
+impl Drop for World {
+    fn drop(&mut self) {
+        // What a killed mirror left.
+        let mount = self.dir.path().join("mnt");
+        if matches!(self.dir, Place::Own(_)) && is_mounted(&mount) {
+            let _ = std::process::Command::new("umount").arg("-l").arg(&mount).status();
+        }
     }
 }
 
@@ -226,12 +222,12 @@ impl Mirror<'_> {
 
     /// Waits until the repository has made a snapshot stable.
     pub(crate) fn wait_stable(&self, snapshot: &v1::DiskSnapshot) -> v1::Snapshot {
-        let image = Some(v1::ImageRef { name: String::new(), id: snapshot.image_id });
-        let wanted = v1::SnapshotRef { image, number: snapshot.number };
-        let request = v1::WaitSnapshotRequest { snapshot: Some(wanted), timeout_ms: 60_000 };
-        let done = self.block_on(self.world.repository.catalog().wait_snapshot(request)).unwrap();
-        assert_eq!(done.state(), v1::SnapshotState::Stable, "{}", done.reason);
-        done
+        let stable = self.world.wait_stable(&snapshot.image, snapshot.number);
+        // The disk hears of it a moment later.
+        eventually("the disk's own word of it", || {
+            self.host().get(&snapshot.disk).unwrap().last_stable >= snapshot.number
+        });
+        stable
     }
 
     pub(crate) fn stop(mut self) {
