@@ -6,10 +6,12 @@
 //! | [`daemon`] | a single role as a process |
 //! | [`disk_file`] | files that stand for disks |
 //! | [`guest_image`] | the smallest real guest, built from Debian's packages |
+//! | [`scenario`] | the main job, end to end: what the demo shows and the tests assert |
 //! | [`vm`] | a virtual machine under QEMU |
 
 pub mod cluster;
 pub mod daemon;
 pub mod disk_file;
 pub mod guest_image;
+pub mod scenario;
 pub mod vm;

@@ -46,13 +46,25 @@ impl Aio {
     }
 }
 
+/// How a VM finds its operating system.
+#[derive(Clone, Debug)]
+pub enum Boot {
+    /// QEMU loads it.
+    Kernel {
+        /// The kernel.
+        kernel: PathBuf,
+        /// The initramfs.
+        initrd: PathBuf,
+    },
+    /// By the boot loader on its first disk.
+    Firmware,
+}
+
 /// What a VM is made of.
 #[derive(Clone, Debug)]
 pub struct VmSpec {
-    /// Its kernel.
-    pub kernel: PathBuf,
-    /// Its initramfs.
-    pub initrd: PathBuf,
+    /// How it boots.
+    pub boot: Boot,
     /// Its disks, `/dev/vda` first, each a raw file.
     pub disks: Vec<PathBuf>,
     /// How the disks' files are read and written.
@@ -73,13 +85,19 @@ impl VmSpec {
     /// A VM that boots `disk` with the kernel of the guest image and runs a command.
     #[must_use]
     pub fn new(image: &GuestImage, disk: impl Into<PathBuf>, run: impl Into<String>) -> Self {
+        let boot = Boot::Kernel { kernel: image.kernel.clone(), initrd: image.initrd.clone() };
+        Self { run: run.into(), ..Self::of(boot, disk, Aio::Native) }
+    }
+
+    /// A VM with one disk.
+    #[must_use]
+    pub fn of(boot: Boot, disk: impl Into<PathBuf>, aio: Aio) -> Self {
         Self {
-            kernel: image.kernel.clone(),
-            initrd: image.initrd.clone(),
+            boot,
             disks: vec![disk.into()],
-            aio: Aio::Native,
+            aio,
             channel: None,
-            run: run.into(),
+            run: String::new(),
             memory_mib: 256,
             cpus: 1,
             uid: None,
@@ -90,24 +108,27 @@ impl VmSpec {
         let accel =
             std::env::var("BLOBCR_TEST_ACCEL").unwrap_or_else(|_| "tcg,thread=multi".to_owned());
         ensure!(self.run.len() <= COMMAND_BYTES_MAX, "the guest's command is too long");
-        let append = format!(
-            "console=ttyS0 quiet no_timer_check reboot=t panic=-1 root=/dev/vda run={}",
-            base64(self.run.as_bytes())
-        );
         let mut command = Command::new(QEMU);
         command
             .args(["-M", "q35", "-accel", &accel, "-cpu", "max"])
             .args(["-smp", &self.cpus.to_string(), "-m", &self.memory_mib.to_string()])
             .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
-            .arg("-kernel")
-            .arg(&self.kernel)
-            .arg("-initrd")
-            .arg(&self.initrd)
-            .args(["-append", &append])
             .arg("-serial")
             .arg(format!("file:{}", option_path(&dir.join("console"))?))
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", option_path(&dir.join("qmp"))?));
+        if let Boot::Kernel { kernel, initrd } = &self.boot {
+            let append = format!(
+                "console=ttyS0 quiet no_timer_check reboot=t panic=-1 root=/dev/vda run={}",
+                base64(self.run.as_bytes())
+            );
+            command
+                .arg("-kernel")
+                .arg(kernel)
+                .arg("-initrd")
+                .arg(initrd)
+                .args(["-append", &append]);
+        }
         for (i, disk) in self.disks.iter().enumerate() {
             command
                 .arg("-blockdev")
@@ -237,7 +258,7 @@ impl Vm {
         anyhow!("{what}\nQEMU says: {errors}\nthe console's end:\n{}", lines.join("\n"))
     }
 
-    fn has_ended(&mut self) -> Result<bool> {
+    pub(crate) fn has_ended(&mut self) -> Result<bool> {
         if self.ended.is_none() {
             self.ended = self.child.try_wait().context("cannot wait for QEMU")?;
         }
