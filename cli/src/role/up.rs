@@ -46,7 +46,9 @@ pub async fn run(args: UpArgs, output: Output) -> anyhow::Result<()> {
     let mut roles = Roles::default();
     let started = interrupts.guard(Box::pin(roles.start(&args, &dir))).await;
     if let Err(failure) = started {
-        roles.stop().await;
+        if let Err(e) = roles.stop().await {
+            tracing::warn!("what had been started did not stop in order: {e:#}");
+        }
         return Err(failure);
     }
     let outcome = roles.serve(&dir, interrupts, output).await;

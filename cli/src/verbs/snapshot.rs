@@ -84,7 +84,7 @@ fn row(view: &SnapshotView) -> Vec<String> {
 /// How long a wait without a limit of its own lasts: until the operator loses patience.
 const WAIT_MAX: Duration = Duration::from_secs(30 * 86_400);
 /// How often to look for a snapshot that its host has not announced yet.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Waits until a snapshot is stable.
 ///
@@ -127,6 +127,9 @@ async fn settled(
     spec: &ImageSpec,
     until: Instant,
 ) -> Result<v1::Snapshot, CatalogError> {
+    // A COMMIT returns before the metadata service has heard of its snapshot, which may become
+    // stable between a look at the one and at the other.
+    let mut may_come = true;
     loop {
         let left = until.saturating_duration_since(Instant::now());
         let request = v1::WaitSnapshotRequest {
@@ -134,14 +137,8 @@ async fn settled(
             timeout_ms: left.as_millis() as u64,
         };
         match repository.catalog().wait_snapshot(request).await {
-            // A COMMIT returns before the metadata service has heard of its snapshot.
-            Err(CatalogError::NotFound(reason)) => {
-                if !is_pending_here(session, spec).await {
-                    return Err(CatalogError::NotFound(reason));
-                }
-                if left.is_zero() {
-                    return Err(CatalogError::Timeout(reason));
-                }
+            Err(CatalogError::NotFound(_)) if may_come && !left.is_zero() => {
+                may_come = is_pending_here(session, spec).await;
                 tokio::time::sleep(LOOK_EVERY).await;
             }
             settled => return settled,
