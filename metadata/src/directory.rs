@@ -4,6 +4,7 @@
 //! DIR/LOCK      locked by the process that uses the directory; holds its id
 //! DIR/FORMAT    one line: "blobcr-metadata", the version, the store, CRC-32C of the three in hex
 //! DIR/sled/     the store
+//! DIR/sled.new/ only while the directory is being made: tells that from a store that was lost
 //! ```
 
 use std::fs::{File, OpenOptions};
@@ -17,6 +18,7 @@ use rustix::fs::FlockOperation;
 const VERSION: u32 = 1;
 const MAGIC: &str = "blobcr-metadata";
 const STORE: &str = "sled";
+const STORE_NEW: &str = "sled.new";
 /// A FORMAT file is one short line; what is longer is not ours.
 const FORMAT_BYTES_MAX: u64 = 256;
 
@@ -92,13 +94,24 @@ impl Directory {
         let lock = lock(dir, &path, io(&path))?;
         let path = dir.join("FORMAT");
         let store = dir.join(STORE);
+        let new = dir.join(STORE_NEW);
+        let damaged = |detail: &str| {
+            Err(DirectoryError::Damaged { dir: dir.to_owned(), detail: detail.to_owned() })
+        };
         match read_format(&path).map_err(io(&path))? {
             Some(line) => check_format(dir, &line)?,
-            None if store.exists() => {
-                let detail = "there is a store but no FORMAT file".to_owned();
-                return Err(DirectoryError::Damaged { dir: dir.to_owned(), detail });
+            None if store.exists() => return damaged("there is a store but no FORMAT file"),
+            None => {
+                std::fs::create_dir_all(&new).map_err(io(&new))?;
+                write_format(dir, &path).map_err(io(&path))?;
             }
-            None => write_format(dir, &path).map_err(io(&path))?,
+        }
+        if !store.exists() {
+            if !new.exists() {
+                return damaged("its store is gone");
+            }
+            std::fs::rename(&new, &store).map_err(io(&store))?;
+            File::open(dir).and_then(|dir| dir.sync_all()).map_err(io(dir))?;
         }
         Ok(Self { dir: dir.to_owned(), _lock: lock })
     }
@@ -242,6 +255,26 @@ mod tests {
             std::fs::write(dir.path().join("FORMAT"), bad).unwrap();
             assert!(open(dir.path()).contains("damaged"), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_store_that_is_gone_is_not_taken_for_a_new_one() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Directory::open(dir.path()).unwrap());
+        drop(Directory::open(dir.path()).unwrap());
+        std::fs::remove_dir_all(dir.path().join(STORE)).unwrap();
+        let message = open(dir.path());
+        assert!(message.contains("its store is gone"), "{message}");
+    }
+
+    #[test]
+    fn a_directory_whose_making_was_interrupted_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join(STORE_NEW)).unwrap();
+        drop(Directory::open(dir.path()).unwrap());
+        std::fs::rename(dir.path().join(STORE), dir.path().join(STORE_NEW)).unwrap();
+        drop(Directory::open(dir.path()).unwrap());
+        assert!(dir.path().join(STORE).exists() && !dir.path().join(STORE_NEW).exists());
     }
 
     #[test]

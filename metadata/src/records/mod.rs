@@ -123,7 +123,7 @@ const VERSION: u8 = 1;
 const HEADER_BYTES: usize = 12;
 
 /// A kind of record.
-pub trait Record: prost::Message + Default + Clone + PartialEq {
+pub trait Record: prost::Message + Default + Clone + PartialEq + std::fmt::Debug {
     /// Its kind.
     const KIND: KeyKind;
 

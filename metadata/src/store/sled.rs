@@ -22,9 +22,15 @@
 //!
 //! A write or sync that fails poisons the store: it refuses everything until it is opened again.
 //!
+//! # What finds that sled lost something
+//! sled takes a damaged record of its log for the end of the log and silently forgets what follows.
+//! So the newest acknowledged version is also noted in a file of our own, [`acknowledged`], after
+//! each group and before its swaps are acknowledged. That costs no sync: the file can only be behind.
+//! A store whose newest version is older than the note does not open.
+//!
 //! # Layout
 //! In sled's default tree: `k` + key → version (8 bytes, big endian) + value; `r` → the newest
-//! version, so that versions are not given twice after a delete.
+//! version, so that versions are not given twice after a delete. Beside sled's files: `acknowledged`.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -39,11 +45,13 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
+use self::acknowledged::Acknowledged;
 use self::commit::{Committer, Pending};
 use super::watchers::Watchers;
 use super::{Entry, Key, MetaStore, Page, StoreError, Swap, Version, Watch, check_key, page_limit};
 use crate::directory::Directory;
 
+mod acknowledged;
 mod commit;
 
 /// Swaps in one group at most: bounds how long the first of them waits.
@@ -272,9 +280,7 @@ impl SledStore {
     /// # Errors
     /// When the directory cannot be used or its content is damaged.
     pub async fn open(dir: &Path) -> Result<Self, SledOpenError> {
-        let dir = dir.to_owned();
-        let task = tokio::task::spawn_blocking(move || Self::open_blocking(&dir, None));
-        task.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+        Self::open_elsewhere(dir, None).await
     }
 
     /// As [`SledStore::open`], with syncs that a test decides about.
@@ -286,9 +292,21 @@ impl SledStore {
         dir: &Path,
         durability: Box<dyn Durability>,
     ) -> Result<Self, SledOpenError> {
-        let dir = dir.to_owned();
-        let task = tokio::task::spawn_blocking(move || Self::open_blocking(&dir, Some(durability)));
-        task.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+        Self::open_elsewhere(dir, Some(durability)).await
+    }
+
+    async fn open_elsewhere(
+        dir: &Path,
+        durability: Option<Box<dyn Durability>>,
+    ) -> Result<Self, SledOpenError> {
+        let path = dir.to_owned();
+        let task = tokio::task::spawn_blocking(move || Self::open_blocking(&path, durability));
+        // sled panics over some kinds of damage.
+        task.await.unwrap_or_else(|error| {
+            let detail = format!("opening it failed: {error}");
+            let source = StoreError::Damaged { detail };
+            Err(SledOpenError::Content { path: dir.to_owned(), source })
+        })
     }
 
     /// Keeps the lock of a directory for as long as the store is open.
@@ -309,13 +327,8 @@ impl SledStore {
         let db = open_sled(dir)?;
         let file = File::open(dir.join("db")).map_err(io)?;
         let content = |source| SledOpenError::Content { path: dir.to_owned(), source };
-        let sled_error = |source| SledOpenError::Sled { path: dir.to_owned(), source };
         let tree = (*db).clone();
-        let revision = match tree.get(REVISION_KEY).map_err(sled_error)? {
-            None => 0,
-            Some(bytes) => parse(&bytes).map_err(content)?.0.0,
-        };
-        db.flush().map_err(sled_error)?;
+        let (acknowledged, revision) = check_revision(dir, &db).map_err(content)?;
         // What sled made: its files, their names, and the name of the directory itself.
         sync_tree(dir).map_err(io)?;
         if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
@@ -329,7 +342,8 @@ impl SledStore {
         });
         let durability = durability.unwrap_or_else(|| Box::new(FileDurability(file)));
         let (queue, pending) = mpsc::channel(QUEUE_SWAPS_MAX);
-        let committer = Committer::new(db, Arc::clone(&shared), durability, revision);
+        let committer =
+            Committer::new(db, Arc::clone(&shared), durability, (acknowledged, revision));
         let committer = std::thread::Builder::new()
             .name("metadata-commit".to_owned())
             .spawn(move || committer.run(pending))
@@ -380,6 +394,29 @@ fn open_sled(dir: &Path) -> Result<sled::Db, SledOpenError> {
             }
             Err(source) => return Err(SledOpenError::Sled { path: dir.to_owned(), source }),
         }
+    }
+}
+
+/// The newest version, after a check that it is not older than what was acknowledged. Marks a new
+/// store as one.
+fn check_revision(dir: &Path, db: &sled::Db) -> Result<(Acknowledged, u64), StoreError> {
+    let stored = db.get(REVISION_KEY).map_err(damaged)?.map(|bytes| parse(&bytes)).transpose()?;
+    if stored.is_none() {
+        // Durable before the note is there: a note without a mark is a loss.
+        db.insert(REVISION_KEY, tree_value(Version(0), &[])).map_err(damaged)?;
+        db.flush().map_err(damaged)?;
+    }
+    let (note, acknowledged) = Acknowledged::open(dir, || sync_tree(dir))?;
+    match (stored.map(|(version, _)| version.0), acknowledged) {
+        (None, None) => Ok((note, 0)),
+        (Some(revision), None) => Ok((note, revision)),
+        (Some(revision), Some(acknowledged)) if revision >= acknowledged => Ok((note, revision)),
+        (stored, Some(acknowledged)) => Err(StoreError::Damaged {
+            detail: format!(
+                "version {acknowledged} was acknowledged, but its log ends at {}",
+                stored.unwrap_or(0)
+            ),
+        }),
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
+use super::acknowledged::Acknowledged;
 use super::{
     Durability, GROUP_BYTES_MAX, GROUP_SWAPS_MAX, Old, REVISION_KEY, Shared, tree_key, tree_value,
 };
@@ -25,6 +26,7 @@ pub(super) struct Committer {
     db: sled::Db,
     shared: Arc<Shared>,
     durability: Box<dyn Durability>,
+    acknowledged: Acknowledged,
     revision: u64,
 }
 
@@ -45,9 +47,9 @@ impl Committer {
         db: sled::Db,
         shared: Arc<Shared>,
         durability: Box<dyn Durability>,
-        revision: u64,
+        (acknowledged, revision): (Acknowledged, u64),
     ) -> Self {
-        Self { db, shared, durability, revision }
+        Self { db, shared, durability, acknowledged, revision }
     }
 
     /// Commits until every sender has gone.
@@ -160,7 +162,9 @@ impl Committer {
             self.db.apply_batch(batch).map_err(|error| format!("a write failed: {error}"))?;
         }
         self.db.flush().map_err(|error| format!("a write failed: {error}"))?;
-        self.durability.sync().map_err(|error| format!("a sync failed: {error}"))
+        self.durability.sync().map_err(|error| format!("a sync failed: {error}"))?;
+        let noted = self.acknowledged.note(self.revision);
+        noted.map_err(|error| format!("a write failed: {error}"))
     }
 
     fn hide_nothing(&self) {

@@ -1,5 +1,6 @@
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use tokio::sync::Mutex;
 
 use super::*;
 use crate::store::{Expect, conformance};
@@ -46,7 +47,7 @@ struct Gate {
 impl Durability for Gate {
     fn sync(&mut self) -> io::Result<()> {
         self.waiting.store(true, Ordering::SeqCst);
-        let _turn = self.turn.lock().unwrap();
+        let _turn = self.turn.blocking_lock();
         self.waiting.store(false, Ordering::SeqCst);
         self.syncs.fetch_add(1, Ordering::SeqCst);
         if self.broken.load(Ordering::SeqCst) {
@@ -72,7 +73,7 @@ async fn nothing_is_shown_before_it_is_synced() {
     put(&store, "gone", "old").await.unwrap();
     let mut watch = store.watch(b"").await.unwrap();
 
-    let held = gate.turn.lock().unwrap();
+    let held = gate.turn.lock().await;
     let swap = Swap::new()
         .put(key("a"), Expect::Any, "new")
         .put(key("b"), Expect::Absent, "new")
@@ -109,7 +110,7 @@ async fn swaps_that_wait_share_one_sync() {
     let gate = Gate::default();
     let store = SledStore::open_with(dir.path(), Box::new(gate.clone())).await.unwrap();
     let store = Arc::new(store);
-    let held = gate.turn.lock().unwrap();
+    let held = gate.turn.lock().await;
     let mut swaps = tokio::task::JoinSet::new();
     let mut spawn = |n: u64| {
         let store = Arc::clone(&store);
@@ -180,4 +181,72 @@ async fn the_largest_values_stay_out_of_side_files() {
     }
     let blobs = std::fs::read_dir(dir.path().join("blobs")).unwrap().count();
     assert_eq!(blobs, 0, "sled never syncs these");
+}
+
+async fn filled(dir: &Path, count: u32) {
+    let store = SledStore::open(dir).await.unwrap();
+    for n in 0..count {
+        // Overwritten, so that older values of the same keys are in the log.
+        put(&store, &format!("k{:02}", n % 40), &format!("{n}:{}", "v".repeat(300))).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_lost_its_end_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    filled(dir.path(), 200).await;
+    let db = dir.path().join("db");
+    let whole = std::fs::read(&db).unwrap();
+    let used = whole.iter().rposition(|byte| *byte != 0).unwrap();
+    for len in [0, 1000, used / 2, used - 1000, used - 300] {
+        let copy = tempfile::tempdir().unwrap();
+        std::fs::create_dir(copy.path().join("blobs")).unwrap();
+        for name in ["conf", "acknowledged"] {
+            std::fs::copy(dir.path().join(name), copy.path().join(name)).unwrap();
+        }
+        std::fs::write(copy.path().join("db"), &whole[..len]).unwrap();
+        let error = SledStore::open(copy.path()).await.unwrap_err();
+        assert!(error.to_string().contains("restore it from a copy"), "{len}: {error}");
+    }
+}
+
+/// Whatever byte of sled's file goes bad: what is answered is right, or an error.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_damaged_byte_is_taken_for_data() {
+    let dir = tempfile::tempdir().unwrap();
+    filled(dir.path(), 120).await;
+    let whole = std::fs::read(dir.path().join("db")).unwrap();
+    let used = whole.iter().rposition(|byte| *byte != 0).unwrap();
+    let mut refused = 0;
+    for step in 0..60 {
+        let copy = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(dir.path()).unwrap().map(Result::unwrap) {
+            if entry.file_type().unwrap().is_file() {
+                std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+            }
+        }
+        let mut bad = whole.clone();
+        let at = used * step / 60 + step % 7;
+        bad[at] ^= 0x55;
+        std::fs::write(copy.path().join("db"), bad).unwrap();
+        let Ok(store) = SledStore::open(copy.path()).await else {
+            refused += 1;
+            continue;
+        };
+        for n in 80..120 {
+            let name = format!("k{:02}", n % 40);
+            match store.get(&key(&name)).await {
+                Ok(entry) => {
+                    let value = entry.map(|entry| entry.value);
+                    let expected = format!("{n}:{}", "v".repeat(300));
+                    assert_eq!(value, Some(Bytes::from(expected)), "byte {at}, key {name}");
+                }
+                Err(_) => {
+                    refused += 1;
+                    break;
+                }
+            }
+        }
+    }
+    assert!(refused > 0, "no damage was found at all");
 }

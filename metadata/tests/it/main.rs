@@ -1,0 +1,13 @@
+//! Tests of the metadata service through its public interface.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod concurrent;
+mod fixture;
+mod images;
+mod leases;
+mod model;
+mod placement;
+mod service;
+mod sets;
+mod snapshots;
