@@ -19,6 +19,8 @@ pub(crate) struct Core {
     pub(crate) index: Index,
     pub(crate) segments: Segments,
     pub(crate) queue: Queue,
+    /// Bytes of the file system.
+    pub(crate) capacity: u64,
     /// Free bytes below which no new records are taken.
     pub(crate) reserve: u64,
     poison: OnceLock<Arc<str>>,
@@ -26,6 +28,8 @@ pub(crate) struct Core {
     pub(crate) refusing: AtomicBool,
     /// Syncs of segment data so far.
     pub(crate) syncs: AtomicU64,
+    /// Groups that were written, or are being written.
+    pub(crate) groups: AtomicU64,
 }
 
 impl Core {
@@ -36,7 +40,8 @@ impl Core {
         index: Index,
         segments: Segments,
     ) -> Self {
-        let reserve = options.reserve(disk.space().map_or(0, |space| space.capacity));
+        let capacity = disk.space().map_or(0, |space| space.capacity);
+        let reserve = options.reserve(capacity);
         Self {
             disk,
             options,
@@ -44,10 +49,12 @@ impl Core {
             index,
             segments,
             queue: Queue::default(),
+            capacity,
             reserve,
             poison: OnceLock::new(),
             refusing: AtomicBool::new(false),
             syncs: AtomicU64::new(0),
+            groups: AtomicU64::new(0),
         }
     }
 

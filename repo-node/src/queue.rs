@@ -181,6 +181,11 @@ impl Queue {
         (!jobs.is_empty()).then_some(jobs)
     }
 
+    /// How many jobs wait.
+    pub(crate) fn waiting(&self) -> usize {
+        self.state.lock().expect("no holder of this lock panics").jobs.len()
+    }
+
     /// Takes no more jobs. Those that are there are still done.
     pub(crate) fn close(&self) {
         self.state.lock().expect("no holder of this lock panics").closed = true;

@@ -56,6 +56,10 @@ pub type Page = (Vec<v1::ListedRecord>, bool);
 pub struct Counters {
     /// Syncs of segments: one for each group of jobs that wrote something, and one for each new segment's header.
     pub syncs: u64,
+    /// Groups of jobs that were written, or are being written.
+    pub groups: u64,
+    /// Jobs that wait for the next group.
+    pub waiting: u64,
     /// Bytes of memory of the index.
     pub index_bytes: u64,
 }
@@ -287,8 +291,13 @@ impl ChunkStore {
     /// What the store has done so far.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        let syncs = self.core.syncs.load(Ordering::Relaxed);
-        Counters { syncs, index_bytes: self.core.index.memory() }
+        let core = &self.core;
+        Counters {
+            syncs: core.syncs.load(Ordering::Relaxed),
+            groups: core.groups.load(Ordering::Relaxed),
+            waiting: core.queue.waiting() as u64,
+            index_bytes: core.index.memory(),
+        }
     }
 
     /// Compacts now, as fast as it goes, until nothing is worth it.

@@ -242,7 +242,7 @@ pub(crate) fn encode_filler(
     mut offset: u64,
     end: u64,
 ) -> Vec<(u64, Vec<u8>)> {
-    debug_assert!(offset % ALIGN == 0 && end % ALIGN == 0);
+    debug_assert!(offset.is_multiple_of(ALIGN) && end.is_multiple_of(ALIGN));
     // No piece leaves less than a header for the next.
     let most = PLAIN_LEN_MAX as u64 / 2;
     let mut out = Vec::new();

@@ -251,7 +251,8 @@ impl Recovery<'_> {
         match entry.event {
             Event::Put => {
                 segment.add_live(segment::frame_len(stored_len));
-                let generation = before.map_or(generation, |b| b.generation.max(generation));
+                // Its own generation counts alone: a copy made by compaction has the latest, and an
+                // older copy may be one whose tombstone was carried further on.
                 let state = State { location, stored_len, generation, damaged };
                 self.index.insert(&key, state);
                 if let Some(before) = before {

@@ -171,16 +171,20 @@ impl<'a> Group<'a> {
     fn put(&mut self, generation: u64, records: &[Checked]) -> PutOutcome {
         let mut outcome = PutOutcome::default();
         for record in records {
-            match self.view(&record.key) {
+            let generation = match self.view(&record.key) {
                 Some(held) if !held.damaged => {
                     self.touch(&record.key, generation);
                     continue;
                 }
                 // The good copy takes the place of the bad one, which gets a tombstone: every copy
-                // that does not count is hidden by one, or is in a leftover.
-                Some(held) => self.tombstone(&record.key, held.location),
-                None => {}
-            }
+                // that does not count is hidden by one, or is in a leftover. Who touched the bad
+                // one relies on the good one now.
+                Some(held) => {
+                    self.tombstone(&record.key, held.location);
+                    generation.max(held.generation)
+                }
+                None => generation,
+            };
             let header = RecordHeader {
                 event: HeaderEvent::Put,
                 key: record.key,

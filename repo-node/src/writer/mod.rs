@@ -30,6 +30,9 @@ pub(crate) const RESERVE_NAME: &str = "reserve";
 /// Its size: ten thousand tombstones.
 const RESERVE_FILE_BYTES: u64 = 1 << 20;
 
+/// At the most this part of the file system.
+const RESERVE_FILE_DIVISOR: u64 = 64;
+
 /// Compaction may use this part of the free bytes that puts must leave.
 const CARRY_RESERVE_DIVISOR: u64 = 4;
 
@@ -61,7 +64,8 @@ impl Writer {
     pub(crate) fn new(core: Arc<Core>, tail: Option<Tail>, next_segment: u32) -> Self {
         let active = tail.map(|Tail { segment, entries }| Active { segment, entries });
         let mut writer = Self { core, active, next_segment, reserve: None };
-        writer.keep_reserve();
+        let free = writer.core.disk.space().map_or(0, |space| space.free);
+        writer.keep_reserve(free);
         writer
     }
 
@@ -107,9 +111,7 @@ impl Writer {
 
     fn begin<'a>(&mut self, core: &'a Core) -> Group<'a> {
         let free = core.disk.space().map_or(u64::MAX, |space| space.free);
-        if free > core.reserve {
-            self.keep_reserve();
-        }
+        self.keep_reserve(free);
         let room = free.saturating_sub(core.reserve);
         let carry_room = free.saturating_sub(core.reserve / CARRY_RESERVE_DIVISOR);
         let active = self.active().segment.as_ref();
@@ -174,6 +176,7 @@ impl Writer {
             return Ok(());
         }
         let core = Arc::clone(&self.core);
+        core.groups.fetch_add(1, Ordering::Relaxed);
         let segment = Arc::clone(&self.active().segment);
         if let Err(error) = segment.file.write_at(group.start(), &mut group.slices()) {
             if !is_full(&error) {
@@ -314,13 +317,15 @@ impl Writer {
         }
     }
 
-    /// Takes room for the time when the disk is full. Failing to is no harm now.
-    fn keep_reserve(&mut self) {
-        if self.reserve.is_some() {
+    /// Takes room for the time when the disk is full, once there is enough. Failing to is no harm
+    /// now.
+    fn keep_reserve(&mut self, free: u64) {
+        let core = &self.core;
+        let bytes = RESERVE_FILE_BYTES.min(core.capacity / RESERVE_FILE_DIVISOR);
+        if self.reserve.is_some() || free < core.reserve.saturating_add(bytes) {
             return;
         }
-        let disk = &*self.core.disk;
-        let bytes = RESERVE_FILE_BYTES.min(self.core.reserve / 2);
+        let disk = &*core.disk;
         let file = disk.create(RESERVE_NAME).or_else(|_| disk.open(RESERVE_NAME));
         self.reserve = file.and_then(|file| file.allocate(bytes).map(|()| file)).ok();
     }

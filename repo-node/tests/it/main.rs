@@ -2,6 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
 mod common;
+mod damage;
+mod durability;
 mod model;
 mod service;
 mod sim;

@@ -14,6 +14,7 @@ use blobcr_proto::v1::{Record, RecordKind};
 use blobcr_repo_node::{ChunkStore, DeleteOutcome, Fetched, Finding, Options, StoreError};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
 use crate::common::{chunk, key};
@@ -215,18 +216,22 @@ impl Run {
                 self.reopen(disk);
             }
             6 => {
-                self.disk.fault(self.dice.random_range(1..10), Fault::SyncFails);
+                let fault = *[Fault::SyncFails, Fault::WriteFails].choose(&mut self.dice).unwrap();
+                self.disk.fault(self.dice.random_range(1..10), fault);
                 (0..calls).for_each(|_| self.call());
-                self.log.push("sync failed".to_owned());
+                self.log.push(format!("{fault:?}"));
                 self.disk.no_fault();
                 let disk = if self.dice.random() { self.disk.crash() } else { self.disk.kill() };
                 self.reopen(disk);
             }
             7 => {
                 self.disk.leave(self.dice.random_range(0..30_000));
+                self.disk.boast(self.dice.random());
                 self.log.push("full".to_owned());
                 (0..calls).for_each(|_| self.call());
                 self.disk.leave(usize::MAX >> 8);
+                self.disk.boast(false);
+                assert!(!self.store.status().poisoned);
                 // With room again, everything works again.
                 let records = self.pick();
                 let failed = self.put(&records, self.generation);
@@ -248,7 +253,6 @@ impl Run {
 
     /// At the end nothing but what is live takes room, and no deleted record comes back.
     fn finish(mut self) {
-        self.disk.leave(usize::MAX >> 8);
         let disk = self.disk.crash();
         self.reopen(disk);
         self.store.compact().unwrap();
@@ -281,4 +285,99 @@ proptest! {
     fn what_was_acknowledged_survives_and_the_rest_is_absent_or_whole(seed: u64, rounds in 1usize..25) {
         run(seed, rounds);
     }
+}
+
+/// Puts, deletes and compactions that leave much to be carried over, in three acts.
+fn act(store: &ChunkStore, records: &[Record], act: u64) -> Result<(), StoreError> {
+    let keys: Vec<_> = records.iter().map(key).collect();
+    match act {
+        0 => {
+            for pair in records.chunks(2) {
+                store.put(POOL, 1, pair)?;
+            }
+            store.touch(POOL, 2, &keys[..6])?;
+            store.delete(POOL, 2, &keys)?;
+            store.compact()?;
+        }
+        1 => {
+            store.delete(POOL, 3, &keys[..4])?;
+            store.compact()?;
+            store.put(POOL, 4, &records[8..])?;
+            store.compact()?;
+        }
+        _ => {
+            store.delete(POOL, 5, &keys)?;
+            store.compact()?;
+        }
+    }
+    Ok(())
+}
+
+/// What an act's calls are meant to have done.
+fn after(act: u64, n: usize) -> RecordState {
+    match (act, n) {
+        (0, 0..6) => Some(2),
+        (1, 4..6) => Some(2),
+        (1, 8..) => Some(4),
+        _ => None,
+    }
+}
+
+/// Runs an act with the power going at operation `cut`; says whether it did.
+fn act_cut(disk: &SimDisk, records: &[Record], number: u64, cut: u64) -> (SimDisk, bool) {
+    let (store, report) = ChunkStore::open_on(Arc::new(disk.clone()), options()).unwrap();
+    for finding in &report.findings {
+        assert!(matches!(finding, Finding::TornTail { .. } | Finding::DamagedListing { .. }));
+    }
+    disk.fault(cut, Fault::PowerCut);
+    let done = act(&store, records, number);
+    disk.no_fault();
+    store.close();
+    (disk.crash(), done.is_err())
+}
+
+/// The power goes at operation `first` of act 0 and `second` of act 1; says whether it did.
+fn two_cuts(records: &[Record], first: u64, second: u64, dice: u64) -> (bool, bool) {
+    let disk = SimDisk::new(first << 40 | second << 20 | dice);
+    let (disk, first_cut) = act_cut(&disk, records, 0, first);
+    let (disk, second_cut) = act_cut(&disk, records, 1, second);
+    // What was cut is done again; then all must be as if nothing had happened.
+    let (disk, cut) = act_cut(&disk, records, 1, u64::MAX >> 1);
+    assert!(!cut);
+    let (store, _) = ChunkStore::open_on(Arc::new(disk.clone()), options()).unwrap();
+    for (n, record) in records.iter().enumerate() {
+        let expected = after(1, n).map_or(Fetched::Absent, |_| Fetched::Found(record.clone()));
+        // Those that act 1 does not say anything about are as act 0 left them.
+        if !(4..8).contains(&n) || !first_cut {
+            assert_eq!(store.get(POOL, key(record)), expected, "{n} of {first} {second} {dice}");
+        }
+    }
+    drop(store);
+    let (disk, cut) = act_cut(&disk, records, 2, u64::MAX >> 1);
+    assert!(!cut);
+    let (store, report) = ChunkStore::open_on(Arc::new(disk), options()).unwrap();
+    assert_eq!(store.status().records, 0, "{first} {second} {dice}: {report:?}");
+    (first_cut, second_cut)
+}
+
+#[test]
+fn the_power_may_go_at_every_operation_of_two_acts_in_a_row() {
+    let records: Vec<_> = (0..12).map(|n| chunk(n, 1500)).collect();
+    let mut runs = 0;
+    for first in 0.. {
+        let mut first_cut = false;
+        for second in 0.. {
+            let cuts = (0..6).map(|dice| two_cuts(&records, first, second, dice));
+            let cuts: Vec<_> = cuts.collect();
+            runs += cuts.len();
+            first_cut |= cuts.iter().any(|(first, _)| *first);
+            if !cuts.iter().any(|(_, second)| *second) {
+                break;
+            }
+        }
+        if !first_cut {
+            break;
+        }
+    }
+    assert!(runs > 2500, "{runs}");
 }

@@ -19,6 +19,8 @@ const SECTOR: usize = 512;
 pub(crate) enum Fault {
     /// The power goes; this and all later operations fail.
     PowerCut,
+    /// This write fails, part of it done.
+    WriteFails,
     /// This sync fails, and what it should have synced may never reach the disk.
     SyncFails,
 }
@@ -84,6 +86,8 @@ struct State {
     durable_names: BTreeMap<String, usize>,
     pending_names: Vec<NameChange>,
     capacity: usize,
+    /// It says that it has room even when it has none, as with a quota.
+    boasts: bool,
     /// Operations that change something, so far.
     operations: u64,
     fault: Option<(u64, Fault)>,
@@ -105,7 +109,7 @@ impl State {
         self.operations += 1;
         match self.fault {
             Some((at, fault)) if self.operations >= at => {
-                // A failing sync waits for a sync.
+                // A failing write or sync waits for one.
                 if fault == Fault::PowerCut {
                     self.fault = None;
                     self.dead = true;
@@ -181,6 +185,7 @@ impl SimDisk {
             names,
             pending_names: Vec::new(),
             capacity,
+            boasts: false,
             operations: 0,
             fault: None,
             dead: false,
@@ -247,6 +252,16 @@ impl SimDisk {
     pub(crate) fn leave(&self, free: usize) {
         let mut state = self.lock();
         state.capacity = state.used() + free;
+    }
+
+    /// Lets it say that it has room even when it has none.
+    pub(crate) fn boast(&self, boasts: bool) {
+        self.lock().boasts = boasts;
+    }
+
+    /// Bytes that its files take.
+    pub(crate) fn used(&self) -> usize {
+        self.lock().used()
     }
 
     pub(crate) fn syncs(&self) -> u64 {
@@ -327,6 +342,7 @@ impl Disk for SimDisk {
     fn space(&self) -> io::Result<Space> {
         let state = self.lock();
         let free = state.capacity.saturating_sub(state.used());
+        let free = if state.boasts { usize::MAX >> 1 } else { free };
         Ok(Space { capacity: state.capacity as u64, free: free as u64 })
     }
 }
@@ -345,7 +361,10 @@ impl DiskFile for SimFile {
 
     fn write_at(&self, offset: u64, pieces: &mut [IoSlice<'_>]) -> io::Result<()> {
         let mut state = self.disk.lock();
-        state.step()?;
+        let fails = state.step()? == Some(Fault::WriteFails);
+        if fails {
+            state.fault = None;
+        }
         let mut bytes: Vec<u8> = pieces.iter().flat_map(|piece| piece.to_vec()).collect();
         let end = offset as usize + bytes.len();
         let room = state.inodes[self.inode].room();
@@ -353,7 +372,7 @@ impl DiskFile for SimFile {
         // As a real disk, it writes what there is room for before it complains.
         let cut = end.saturating_sub(room + free);
         bytes.truncate(bytes.len().saturating_sub(cut));
-        if state.dead {
+        if state.dead || fails {
             let some = state.dice.random_range(0..=bytes.len());
             bytes.truncate(some);
         }
@@ -363,6 +382,7 @@ impl DiskFile for SimFile {
         inode.pending.push(change);
         match () {
             () if state.dead => Err(gone()),
+            () if fails => Err(io::Error::other("the write failed")),
             () if cut > 0 => Err(io::ErrorKind::StorageFull.into()),
             () => Ok(()),
         }
@@ -379,7 +399,7 @@ impl DiskFile for SimFile {
         }
         let inode = &mut state.inodes[self.inode];
         match fault {
-            None => {
+            None | Some(Fault::WriteFails) => {
                 // Not what is seen: pages that an earlier sync failed to write count as clean.
                 for change in std::mem::take(&mut inode.pending) {
                     apply(&mut inode.durable, &change);
