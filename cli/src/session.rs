@@ -18,6 +18,10 @@ use crate::exit::{Exit, Refusal, RemoteError};
 /// An answer from memory: a role that takes longer is stuck.
 const DESCRIBE_DEADLINE: Duration = Duration::from_secs(10);
 
+/// An operator waits: long enough for a metadata server that is just being started again, and for
+/// trying a second one where the first does not answer.
+const METADATA_DEADLINE: Duration = Duration::from_secs(8);
+
 /// What the endpoint at `address` is, and which others it knows.
 ///
 /// # Errors
@@ -86,7 +90,9 @@ impl Session {
         if addresses.is_empty() {
             return Err(self.lacks("metadata server"));
         }
-        Ok(Repository::connect(addresses, ConnectOptions::default()).await?)
+        let options =
+            ConnectOptions { metadata_deadline: METADATA_DEADLINE, ..ConnectOptions::default() };
+        Ok(Repository::connect(addresses, options).await?)
     }
 
     /// The mirror of a host, and its address.
