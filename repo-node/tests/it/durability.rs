@@ -172,11 +172,11 @@ fn child_that_puts_until_it_is_killed() {
                     let n = (start + n) * CHILD_THREADS + thread;
                     store.put(POOL, 1, &[chunk(n, 20_000)]).unwrap();
                     println!("acknowledged {n}.");
-                    if n % 3 == 0 {
+                    if n.is_multiple_of(3) {
                         store.delete(POOL, 2, &[key(&chunk(n, 20_000))]).unwrap();
                         println!("deleted {n}.");
                     }
-                    if n % 50 == 0 {
+                    if n.is_multiple_of(50) {
                         store.compact().unwrap();
                     }
                 }
@@ -209,7 +209,7 @@ fn kill_dash_nine_loses_nothing_acknowledged() {
             };
             if let Some(n) = number("acknowledged ") {
                 acknowledged.insert(n);
-                if n % 3 == 0 {
+                if n.is_multiple_of(3) {
                     deleting.insert(n);
                 }
             } else if let Some(n) = number("deleted ") {
