@@ -55,11 +55,13 @@ pub struct RemoteError {
 impl RemoteError {
     /// `role` is what was asked, `address` where.
     pub fn new(role: &str, address: &str, status: &tonic::Status) -> Self {
+        // A status that a role sent has no source: only one that the transport made has.
+        let is_ours = std::error::Error::source(status).is_some();
         let message = match status.code() {
-            Code::Unavailable => {
+            Code::Unavailable if is_ours => {
                 format!("the {role} at {address} cannot be reached: {}", words(status))
             }
-            Code::DeadlineExceeded | Code::Cancelled => {
+            Code::DeadlineExceeded | Code::Cancelled if is_ours => {
                 format!("the {role} at {address} did not answer in time")
             }
             Code::Unimplemented => format!("{address} is no {role} of this version"),

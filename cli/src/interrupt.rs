@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM.
+//! SIGINT, SIGTERM and SIGHUP.
 
 use std::io;
 
@@ -11,6 +11,8 @@ use crate::exit::{Exit, Refusal};
 pub struct Interrupts {
     interrupt: Signal,
     terminate: Signal,
+    /// The terminal is gone: without this a mount would be left behind.
+    hang_up: Signal,
 }
 
 impl Interrupts {
@@ -22,6 +24,7 @@ impl Interrupts {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
         })
     }
 
@@ -30,6 +33,7 @@ impl Interrupts {
         tokio::select! {
             _ = self.interrupt.recv() => "SIGINT",
             _ = self.terminate.recv() => "SIGTERM",
+            _ = self.hang_up.recv() => "SIGHUP",
         }
     }
 

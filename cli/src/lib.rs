@@ -70,6 +70,8 @@ fn start_logging(cli: &Cli) -> anyhow::Result<()> {
     })?;
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        // Whoever closes stderr loses the log, not the role.
+        .log_internal_errors(false)
         .with_ansi(output::coloured())
         .with_env_filter(filter)
         .init();

@@ -1,6 +1,7 @@
 //! The roles as separate processes: the same verbs, through whichever endpoint.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -184,6 +185,9 @@ fn the_roles_wait_for_a_metadata_server_that_is_away() -> Result<()> {
     same(&raw, &path)?;
     let down = run(processes.mirror.address().as_ref(), &["image", "list"])?;
     assert_eq!(down.code, 5, "{down:?}");
+    let down = run(processes.mirror.address().as_ref(), &["disk", "attach", "base", "d2"])?;
+    assert_eq!(down.code, 5, "{down:?}");
+    assert!(down.stderr.contains("metadata service cannot be reached"), "{down:?}");
     let dir = processes.path("metadata");
     let args = ["metadata", "--listen", &address, "--dir", text(&dir)];
     processes.metadata = Some(Daemon::start(&args, &processes.path("metadata.log"))?);
@@ -205,5 +209,50 @@ fn a_role_that_never_reached_its_metadata_stops_when_told() -> Result<()> {
     wait_until("it complains", || Ok(fs::read_to_string(&log)?.contains("not registered yet")))?;
     rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::TERM)?;
     assert!(child.wait()?.success(), "{}", fs::read_to_string(&log)?);
+    Ok(())
+}
+
+#[test]
+fn a_second_signal_forces_a_stop_that_waits() -> Result<()> {
+    let mut processes = Processes::start(1, "replica:1")?;
+    let raw = image(&processes)?;
+    processes.json(&["image", "import", text(&raw), "base"])?;
+    let disk = processes.json(&["disk", "attach", "base", "d1"])?;
+    let path = disk["path"].as_str().context("no path")?;
+    fs::File::options().write(true).open(path)?.write_all_at(&noise(3, 1 << 20), 0)?;
+    // The snapshot cannot be stored any more, and a stop waits for it for a while.
+    processes.nodes.remove(0).kill()?;
+    let made = processes.json(&["disk", "checkpoint", "d1"])?;
+    assert_eq!(made["state"], "pending");
+    let mirror = processes.mirror;
+    mirror.signal(Signal::TERM)?;
+    wait_until("it is stopping", || Ok(mirror.log().contains("a second signal forces it")))?;
+    mirror.signal(Signal::TERM)?;
+    assert_eq!(mirror.wait()?.code(), Some(1));
+    assert!(mounts_below(processes.dir.path())?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_role_says_as_json_where_it_is() -> Result<()> {
+    use std::io::{BufRead, BufReader};
+    let dir = tempfile::tempdir()?;
+    let mut child = std::process::Command::new(blobcr_tests::daemon::blobcr()?)
+        .args(["--json", "metadata", "--listen", "127.0.0.1:0", "--dir"])
+        .arg(dir.path().join("metadata"))
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()?;
+    let mut said = String::new();
+    let mut stdout = BufReader::new(child.stdout.take().context("no stdout")?);
+    while serde_json::from_str::<Value>(&said).is_err() {
+        anyhow::ensure!(stdout.read_line(&mut said)? > 0, "it ended: {said}");
+    }
+    let ready: Value = serde_json::from_str(&said)?;
+    assert_eq!(ready["role"], "metadata");
+    let address = ready["address"].as_str().context("no address")?;
+    assert_eq!(run(address.as_ref(), &["pool", "list"])?.code, 0);
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), Signal::HUP)?;
+    assert!(child.wait()?.success());
     Ok(())
 }
