@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::records::{
     Counter, KeyKind, LeaseRecord, LeaseWorkRecord, Record, SnapshotRecord, prefix_of,
 };
-use crate::store::Swap;
+use crate::store::{StoreError, Swap};
 
 /// Time of a lease that is asked for without one, in ms.
 pub const LEASE_TTL_MS_DEFAULT: u64 = 30_000;
@@ -29,6 +29,22 @@ pub const LEASE_TTL_MS_MAX: u64 = 10 * 60 * 1000;
 const PAGE: usize = 64;
 
 const ACQUIRE_ANOTHER: &str = "acquire a new one";
+
+/// Why a lease ends.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Released,
+    RanOut,
+}
+
+impl End {
+    const fn reason(self) -> &'static str {
+        match self {
+            Self::Released => "its writer released the lease",
+            Self::RanOut => "its writer's lease ran out",
+        }
+    }
+}
 
 fn describe(id: u64) -> String {
     format!("lease {id:016x}")
@@ -90,7 +106,7 @@ impl VersionManager {
         &self,
         r: v1::ReleaseLeaseRequest,
     ) -> Result<v1::ReleaseLeaseResponse, Error> {
-        self.end_lease(r.lease_id, "its writer released the lease").await?;
+        self.end_lease(r.lease_id, End::Released).await?;
         Ok(v1::ReleaseLeaseResponse {})
     }
 
@@ -108,13 +124,11 @@ impl VersionManager {
                 if self.is_live(&lease.value) {
                     continue;
                 }
-                tracing::info!(
-                    lease = lease.value.id,
-                    holder = lease.value.holder,
-                    "lease ran out"
-                );
-                self.end_lease(lease.value.id, "its writer's lease ran out").await?;
-                ended += 1;
+                if self.end_lease(lease.value.id, End::RanOut).await? {
+                    let LeaseRecord { id, holder, .. } = &lease.value;
+                    tracing::info!(lease = format!("{id:016x}"), holder, "a lease has run out");
+                    ended += 1;
+                }
             }
             after = leases.last().map(|lease| lease.value.key());
             if !more {
@@ -164,25 +178,29 @@ impl VersionManager {
         Ok(lease.is_some_and(|lease| self.is_live(&lease.value)))
     }
 
-    async fn end_lease(&self, id: u64, reason: &str) -> Result<(), Error> {
-        let closed = until_won!(self, describe(id), self.try_close(id).await)?;
-        let Some(closed) = closed else { return Ok(()) };
-        while until_won!(self, describe(id), self.fail_work(id, reason).await)? {}
+    /// Ends a lease, unless it has ended or was renewed meanwhile. Returns whether it did.
+    async fn end_lease(&self, id: u64, end: End) -> Result<bool, Error> {
+        let closed = until_won!(self, describe(id), self.try_close(id, end).await)?;
+        let Some(closed) = closed else { return Ok(false) };
+        while until_won!(self, describe(id), self.fail_work(id, end).await)? {}
         match self.store.swap(Swap::new().remove(&closed)).await {
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(true),
             // Somebody else ended it at the same time.
-            Err(error) if Error::from(error.clone()).is_lost_race() => Ok(()),
+            Err(StoreError::Conflict { .. }) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
 
     /// From here on no swap can rely on the lease.
-    async fn try_close(&self, id: u64) -> Result<Option<Held<LeaseRecord>>, Error> {
+    async fn try_close(&self, id: u64, end: End) -> Result<Option<Held<LeaseRecord>>, Error> {
         let Some(lease) = self.load::<LeaseRecord>(LeaseRecord::key_of(id)).await? else {
             return Ok(None);
         };
         if lease.value.closed {
             return Ok(Some(lease));
+        }
+        if matches!(end, End::RanOut) && self.is_live(&lease.value) {
+            return Ok(None);
         }
         let closed = LeaseRecord { closed: true, ..lease.value.clone() };
         let version = self.store.swap(Swap::new().update(&lease, &closed)).await?;
@@ -190,7 +208,7 @@ impl VersionManager {
     }
 
     /// Fails one page of what is pending under a closed lease; whether there is more to do.
-    async fn fail_work(&self, id: u64, reason: &str) -> Result<bool, Error> {
+    async fn fail_work(&self, id: u64, end: End) -> Result<bool, Error> {
         let prefix = LeaseWorkRecord::prefix_of(id);
         let (work, more) = self.page::<LeaseWorkRecord>(&prefix, None, PAGE).await?;
         for work in &work {
@@ -201,7 +219,7 @@ impl VersionManager {
                 && snapshot.value.state() == SnapshotState::Pending
                 && snapshot.value.lease_id == id
             {
-                swap = swap.update(&snapshot, &failed(&snapshot.value, reason));
+                swap = swap.update(&snapshot, &failed(&snapshot.value, end.reason()));
             }
             self.store.swap(swap).await?;
         }

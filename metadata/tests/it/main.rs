@@ -8,6 +8,7 @@ mod images;
 mod leases;
 mod model;
 mod placement;
+mod races;
 mod service;
 mod sets;
 mod snapshots;

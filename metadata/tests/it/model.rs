@@ -5,6 +5,7 @@
 //! took effect: then the store must hold what the model had before the step, or what it has after.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -35,15 +36,27 @@ enum Plan {
     Crashed,
 }
 
-/// A store that a process loses in the middle of its work.
-#[derive(Debug)]
+type Meanwhile = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// A store that a process loses in the middle of its work, or where others come first.
 pub(crate) struct Flaky {
     inner: Arc<dyn MetaStore>,
     plan: Mutex<Plan>,
+    meanwhile: Mutex<Option<Meanwhile>>,
+}
+
+impl std::fmt::Debug for Flaky {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Flaky").field("plan", &self.plan).finish_non_exhaustive()
+    }
 }
 
 pub(crate) fn flaky(inner: &Arc<dyn MetaStore>) -> Arc<Flaky> {
-    Arc::new(Flaky { inner: Arc::clone(inner), plan: Mutex::new(Plan::Fine) })
+    Arc::new(Flaky {
+        inner: Arc::clone(inner),
+        plan: Mutex::new(Plan::Fine),
+        meanwhile: Mutex::new(None),
+    })
 }
 
 impl Flaky {
@@ -51,6 +64,16 @@ impl Flaky {
     /// it happens all the same.
     pub(crate) fn crash_after(&self, swaps: u32, applied: bool) {
         *self.plan.lock().unwrap() = Plan::CrashAfter { swaps, applied };
+    }
+
+    /// Does this first when the next swap comes: after everything that the swap was decided on.
+    pub(crate) fn before_next_swap(&self, others: impl Future<Output = ()> + Send + 'static) {
+        *self.meanwhile.lock().unwrap() = Some(Box::pin(others));
+    }
+
+    /// Whether what was to come first has come.
+    pub(crate) fn met(&self) -> bool {
+        self.meanwhile.lock().unwrap().is_none()
     }
 
     pub(crate) fn as_store(self: &Arc<Self>) -> Arc<dyn MetaStore> {
@@ -95,6 +118,10 @@ impl MetaStore for Flaky {
 
     async fn swap(&self, swap: Swap) -> Result<Version, StoreError> {
         self.alive()?;
+        let others = self.meanwhile.lock().unwrap().take();
+        if let Some(others) = others {
+            others.await;
+        }
         match self.crash() {
             None => self.inner.swap(swap).await,
             Some(applied) => {

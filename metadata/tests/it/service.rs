@@ -6,12 +6,14 @@ use std::path::Path;
 use blobcr_metadata::{MetadataService, Options};
 use blobcr_proto::v1;
 use blobcr_proto::v1::metadata_client::MetadataClient;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tonic::Code;
 use tonic::transport::Channel;
 
 struct Server {
     service: MetadataService,
+    shutdown: oneshot::Sender<()>,
     serving: JoinHandle<()>,
     client: MetadataClient<Channel>,
 }
@@ -23,21 +25,23 @@ impl Server {
         let address: SocketAddr = listener.local_addr().unwrap();
         let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
         let mounted = blobcr_metadata::service(service.clone());
+        let (shutdown, asked) = oneshot::channel::<()>();
         let serving = tokio::spawn(async move {
             tonic::transport::Server::builder()
                 .add_service(mounted)
-                .serve_with_incoming(incoming)
+                .serve_with_incoming_shutdown(incoming, async { drop(asked.await) })
                 .await
                 .unwrap();
         });
         let client = MetadataClient::connect(format!("http://{address}")).await.unwrap();
-        Self { service, serving, client }
+        Self { service, shutdown, serving, client }
     }
 
+    /// Returns when every connection, and with it every user of the service, has gone.
     async fn stop(self) {
         drop(self.client);
-        self.serving.abort();
-        assert!(self.serving.await.unwrap_err().is_cancelled());
+        self.shutdown.send(()).unwrap();
+        self.serving.await.unwrap();
         self.service.close().await;
     }
 }
