@@ -1,4 +1,4 @@
-//! What the benchmarks share: a repository of their own, the ioctls as a C program would call
+//! What the benchmarks share: the ioctls as a C program would call
 //! them, and figures.
 //!
 //! Every benchmark is a binary in `src/bin/` that runs us and, where there is one, the alternative
@@ -8,5 +8,4 @@
 pub mod disk_file;
 pub mod latency;
 pub mod qcow2;
-pub mod up;
 pub mod vm_channel;

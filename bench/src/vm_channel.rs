@@ -11,7 +11,7 @@ use blobcr_proto::v1::{channel_reply::Reply, channel_request::Request};
 use bytes::BytesMut;
 use prost::Message;
 
-use crate::up::Up;
+use blobcr_tests::cluster::Cluster;
 
 /// Longer than any checkpoint takes: a lost answer ends the benchmark instead of hanging it.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
@@ -28,8 +28,8 @@ impl VmChannel {
     ///
     /// # Errors
     /// When the verb or the connection fails.
-    pub fn add(up: &Up, vm: &str, disk: &str) -> anyhow::Result<Self> {
-        let added = up.verb(&["vm", "add", vm, "--disk", disk])?;
+    pub fn add(cluster: &Cluster, vm: &str, disk: &str) -> anyhow::Result<Self> {
+        let added = cluster.json(&["vm", "add", vm, "--disk", disk])?;
         let socket = added["socket"].as_str().context("no socket in the new VM")?;
         let stream = UnixStream::connect(socket).with_context(|| format!("connect {socket}"))?;
         stream.set_read_timeout(Some(ANSWER_LIMIT))?;

@@ -4,14 +4,14 @@
 //!
 //! `cargo build --release -p blobcr-cli -p blobcr-bench && target/release/checkpoint_downtime`
 
+use std::fs::File;
 use std::path::PathBuf;
 
-use anyhow::Context;
 use blobcr_bench::disk_file::DiskFile;
 use blobcr_bench::latency::{Latencies, Summary};
 use blobcr_bench::qcow2::Qcow2;
-use blobcr_bench::up::Up;
 use blobcr_bench::vm_channel::VmChannel;
+use blobcr_tests::cluster::Cluster;
 use clap::Parser;
 use rand::RngCore;
 use serde::Serialize;
@@ -77,11 +77,14 @@ impl Contents {
     }
 }
 
-fn measure(up: &Up, options: &Options, mib: u64) -> anyhow::Result<Row> {
+fn measure(cluster: &Cluster, options: &Options, mib: u64) -> anyhow::Result<Row> {
     let name = format!("dirty-{mib}");
-    let path = up.attach_empty(&name, &name, (mib + 1) * MIB)?;
+    let raw = cluster.scratch().join(&name);
+    File::create(&raw)?.set_len((mib + 1) * MIB)?;
+    cluster.import(&raw, &name)?;
+    let path = cluster.attach(&name, &name)?;
     let disk = DiskFile::open(&path)?;
-    let mut channel = VmChannel::add(up, &format!("vm-{mib}"), &name)?;
+    let mut channel = VmChannel::add(cluster, &format!("vm-{mib}"), &name)?;
     let mut contents = Contents::new();
     // The first CHECKPOINT also makes the checkpoint image: that is not what is measured here.
     disk.commit(true)?;
@@ -97,13 +100,13 @@ fn measure(up: &Up, options: &Options, mib: u64) -> anyhow::Result<Row> {
     drop(disk);
     let qcow2_external = match options.qcow2_samples {
         0 => None,
-        samples => Some(measure_qcow2(up, samples, mib)?),
+        samples => Some(measure_qcow2(cluster, samples, mib)?),
     };
     Ok(Row { dirty_mib: mib, ioctl: ioctl.summary(), channel: call.summary(), qcow2_external })
 }
 
-fn measure_qcow2(up: &Up, samples: u64, mib: u64) -> anyhow::Result<Summary> {
-    let mut qcow2 = Qcow2::start(up.scratch(), (mib + 1) * MIB)?;
+fn measure_qcow2(cluster: &Cluster, samples: u64, mib: u64) -> anyhow::Result<Summary> {
+    let mut qcow2 = Qcow2::start(cluster.scratch(), (mib + 1) * MIB)?;
     let mut contents = Contents::new();
     let mut latencies = Latencies::new()?;
     for _ in 0..samples {
@@ -141,10 +144,13 @@ fn print_table(rows: &[Row]) {
 #[expect(clippy::print_stdout, reason = "printing is what a benchmark is for")]
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
-    let up = Up::start(&options.dir, &[]).context("start a repository")?;
+    let scratch = tempfile::Builder::new()
+        .prefix("blobcr-bench-")
+        .tempdir_in(std::path::absolute(&options.dir)?)?;
+    let cluster = Cluster::start_in(scratch, &[])?;
     let mut rows = Vec::new();
     for &mib in &options.dirty {
-        rows.push(measure(&up, &options, mib)?);
+        rows.push(measure(&cluster, &options, mib)?);
     }
     if options.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
