@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use blobcr_proto::v1::SnapshotState;
@@ -73,17 +73,29 @@ pub(crate) enum OpenFile {
 pub(crate) struct ZeroRange {
     offset: u64,
     len: u64,
-    how: Zero,
+}
+
+/// Tells the log of a failed call: once a second at most, for a guest may repeat it without end.
+fn complain(what: &str, error: &dyn std::error::Error) {
+    static LAST_SECOND: AtomicU64 = AtomicU64::new(0);
+    static UNTOLD: AtomicU64 = AtomicU64::new(0);
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    if LAST_SECOND.swap(since.as_secs(), Ordering::Relaxed) == since.as_secs() {
+        UNTOLD.fetch_add(1, Ordering::Relaxed);
+        return;
+    }
+    let untold = UNTOLD.swap(0, Ordering::Relaxed);
+    tracing::warn!(%error, untold, "{what}");
 }
 
 fn image_errno(image: &ImageFile, error: &BaseError) -> Errno {
-    tracing::warn!(%error, snapshot = image.name, "a snapshot cannot be read");
+    complain(&format!("snapshot {} cannot be read", image.name), error);
     Errno::IO
 }
 
 /// What the caller sees; the log has the rest.
 fn disk_errno(error: &DiskError) -> Errno {
-    tracing::warn!(%error, "a call on a disk failed");
+    complain("a call on a disk failed", error);
     match error {
         DiskError::OutOfRange { .. } | DiskError::Invalid { .. } => Errno::INVAL,
         DiskError::NoSpace { .. } => Errno::NOSPC,
@@ -96,21 +108,21 @@ fn disk_errno(error: &DiskError) -> Errno {
 
 impl ZeroRange {
     /// Reads the arguments of `fallocate` on a file of `size` bytes. Hypervisors discard with
-    /// `PUNCH_HOLE | KEEP_SIZE` and write zeros with `ZERO_RANGE`; nothing can be reserved ahead,
-    /// and no disk grows.
+    /// `PUNCH_HOLE | KEEP_SIZE` and write zeros with that or with `ZERO_RANGE`: both promise that
+    /// every byte of the range reads as zero. Nothing can be reserved ahead, and no disk grows.
     pub(crate) fn of(mode: u32, offset: u64, len: u64, size: u64) -> Result<Self, Errno> {
         use rustix::fs::FallocateFlags;
         let mode = FallocateFlags::from_bits(mode).ok_or(Errno::OPNOTSUPP)?;
         let keep = FallocateFlags::KEEP_SIZE;
         let end = offset.checked_add(len).filter(|_| len > 0).ok_or(Errno::INVAL)?;
-        let how = match mode.difference(keep) {
-            FallocateFlags::PUNCH_HOLE if mode.contains(keep) => Zero::Discard,
-            FallocateFlags::ZERO_RANGE if end <= size || mode.contains(keep) => Zero::WriteZeroes,
+        match mode.difference(keep) {
+            FallocateFlags::PUNCH_HOLE if mode.contains(keep) => {}
+            FallocateFlags::ZERO_RANGE if end <= size || mode.contains(keep) => {}
             FallocateFlags::ZERO_RANGE => return Err(Errno::NOSPC),
             _ => return Err(Errno::OPNOTSUPP),
-        };
+        }
         let offset = offset.min(size);
-        Ok(Self { offset, len: end.min(size) - offset, how })
+        Ok(Self { offset, len: end.min(size) - offset })
     }
 }
 
@@ -196,7 +208,7 @@ impl OpenFile {
             return Ok(None);
         }
         served.touch();
-        match served.disk.try_zero(range.offset, range.len, range.how) {
+        match served.disk.try_zero(range.offset, range.len, Zero::WriteZeroes) {
             Ok(Attempt::Done) => Ok(None),
             Ok(Attempt::NeedsAsync { done }) => {
                 Ok(Some(ZeroRange { offset: range.offset + done, len: range.len - done, ..range }))
@@ -207,7 +219,7 @@ impl OpenFile {
 
     pub(crate) async fn zero(&self, range: ZeroRange) -> Result<(), Errno> {
         let disk = &self.writable()?.disk;
-        let zeroed = disk.zero(range.offset, range.len, range.how).await;
+        let zeroed = disk.zero(range.offset, range.len, Zero::WriteZeroes).await;
         zeroed.map_err(|error| disk_errno(&error))
     }
 
@@ -345,11 +357,10 @@ mod tests {
     #[test]
     fn fallocate_zeros_and_discards_and_does_nothing_else() {
         let range = |mode, offset, len| ZeroRange::of(mode, offset, len, 1000);
-        let discard = |offset, len| Ok(ZeroRange { offset, len, how: Zero::Discard });
-        let zeroes = |offset, len| Ok(ZeroRange { offset, len, how: Zero::WriteZeroes });
-        assert_eq!(range(PUNCH, 10, 20), discard(10, 20));
-        assert_eq!(range(PUNCH, 900, 200), discard(900, 100));
-        assert_eq!(range(PUNCH, 2000, 200), discard(1000, 0));
+        let zeroes = |offset, len| Ok(ZeroRange { offset, len });
+        assert_eq!(range(PUNCH, 10, 20), zeroes(10, 20));
+        assert_eq!(range(PUNCH, 900, 200), zeroes(900, 100));
+        assert_eq!(range(PUNCH, 2000, 200), zeroes(1000, 0));
         assert_eq!(range(ZERO, 10, 20), zeroes(10, 20));
         assert_eq!(range(ZERO, 900, 100), zeroes(900, 100));
         assert_eq!(range(ZERO_KEEP, 900, 101), zeroes(900, 100));

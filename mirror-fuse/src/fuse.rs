@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -36,7 +37,7 @@ const TRANSFER_BYTES_MAX: u32 = 1 << 20;
 /// Requests that the kernel keeps under way for asynchronous I/O: several guests at queue depth 64.
 const BACKGROUND_MAX: u16 = 256;
 /// How long the threads of the mount may take to end once nothing is mounted any more.
-const END_MAX: Duration = Duration::from_secs(10);
+const END_MAX: Duration = Duration::from_secs(5);
 /// How often that is looked at.
 const END_POLL: Duration = Duration::from_millis(1);
 
@@ -100,6 +101,14 @@ fn refusal(parent: INodeNo) -> Errno {
     if parent.0 == inode::DISKS { Errno::EPERM } else { Errno::EROFS }
 }
 
+/// Runs the part of a request that is served at once. A fault in it must not end the thread, which
+/// serves all disks: the request is answered with EIO, because its reply is dropped.
+fn guarded(serve: impl FnOnce()) {
+    if catch_unwind(AssertUnwindSafe(serve)).is_err() {
+        tracing::error!("a request failed by a fault of the mirror");
+    }
+}
+
 fn answer_entry(reply: ReplyEntry, found: Result<Attributes, rustix::io::Errno>) {
     match found {
         Ok(found) => reply.entry(&NAME_TTL, &file_attr(&found), Generation(found.generation)),
@@ -149,6 +158,67 @@ impl Front {
                 reply.opened(FileHandle(handle), DISK_FLAGS);
             }
             None => reply.error(Errno::EBUSY),
+        }
+    }
+
+    fn read_file(&self, file: Arc<OpenFile>, offset: u64, len: usize, reply: ReplyData) {
+        BUFFER.with_borrow_mut(|buffer| {
+            if buffer.len() < len {
+                buffer.resize(len.max(TRANSFER_BYTES_MAX as usize), 0);
+            }
+            match file.try_read(offset, &mut buffer[..len]) {
+                Ok(Some(read)) => reply.data(&buffer[..read]),
+                Err(error) => reply.error(errno(error)),
+                Ok(None) => {
+                    self.runtime.spawn(async move {
+                        match file.read(offset, len).await {
+                            Ok(bytes) => reply.data(&bytes),
+                            Err(error) => reply.error(errno(error)),
+                        }
+                    });
+                }
+            }
+        });
+    }
+
+    fn write_file(&self, file: Arc<OpenFile>, offset: u64, data: &[u8], reply: ReplyWrite) {
+        match file.try_write(offset, data) {
+            Err(error) => reply.error(errno(error)),
+            Ok(TryWrite::Done(written)) => reply.written(written as u32),
+            Ok(TryWrite::Later { done, total }) => {
+                let rest = Bytes::copy_from_slice(&data[done..total]);
+                self.runtime.spawn(async move {
+                    match file.write(offset + done as u64, rest).await {
+                        Ok(()) => reply.written(total as u32),
+                        Err(error) => reply.error(errno(error)),
+                    }
+                });
+            }
+        }
+    }
+
+    fn zero_file(&self, file: Arc<OpenFile>, range: ZeroRange, reply: ReplyEmpty) {
+        match file.try_zero(range) {
+            Err(error) => reply.error(errno(error)),
+            Ok(None) => reply.ok(),
+            Ok(Some(rest)) => {
+                self.runtime.spawn(async move { answer_empty(reply, file.zero(rest).await) });
+            }
+        }
+    }
+
+    fn control_file(&self, file: Arc<OpenFile>, request: ioctl::Request, reply: ReplyIoctl) {
+        match file.try_ioctl(request) {
+            Err(error) => reply.error(errno(error)),
+            Ok(Some(answer)) => reply.ioctl(0, &answer),
+            Ok(None) => {
+                self.runtime.spawn(async move {
+                    match file.ioctl(request).await {
+                        Ok(answer) => reply.ioctl(0, &answer),
+                        Err(error) => reply.error(errno(error)),
+                    }
+                });
+            }
         }
     }
 
@@ -280,28 +350,10 @@ impl Filesystem for Front {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let file = match self.file(handle) {
-            Ok(file) => file,
-            Err(error) => return reply.error(errno(error)),
-        };
-        let len = size as usize;
-        BUFFER.with_borrow_mut(|buffer| {
-            if buffer.len() < len {
-                buffer.resize(len.max(TRANSFER_BYTES_MAX as usize), 0);
-            }
-            match file.try_read(offset, &mut buffer[..len]) {
-                Ok(Some(read)) => reply.data(&buffer[..read]),
-                Err(error) => reply.error(errno(error)),
-                Ok(None) => {
-                    self.runtime.spawn(async move {
-                        match file.read(offset, len).await {
-                            Ok(bytes) => reply.data(&bytes),
-                            Err(error) => reply.error(errno(error)),
-                        }
-                    });
-                }
-            }
-        });
+        match self.file(handle) {
+            Ok(file) => guarded(|| self.read_file(file, offset, size as usize, reply)),
+            Err(error) => reply.error(errno(error)),
+        }
     }
 
     fn write(
@@ -316,19 +368,9 @@ impl Filesystem for Front {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let tried = self.file(handle).and_then(|file| Ok((file.try_write(offset, data)?, file)));
-        match tried {
+        match self.file(handle) {
+            Ok(file) => guarded(|| self.write_file(file, offset, data, reply)),
             Err(error) => reply.error(errno(error)),
-            Ok((TryWrite::Done(written), _)) => reply.written(written as u32),
-            Ok((TryWrite::Later { done, total }, file)) => {
-                let rest = Bytes::copy_from_slice(&data[done..total]);
-                self.runtime.spawn(async move {
-                    match file.write(offset + done as u64, rest).await {
-                        Ok(()) => reply.written(total as u32),
-                        Err(error) => reply.error(errno(error)),
-                    }
-                });
-            }
         }
     }
 
@@ -370,16 +412,12 @@ impl Filesystem for Front {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let tried = self.file(handle).and_then(|file| {
-            let range = ZeroRange::of(mode as u32, offset, length, file.size_bytes())?;
-            Ok((file.try_zero(range)?, file))
+        let file = self.file(handle).and_then(|file| {
+            Ok((ZeroRange::of(mode as u32, offset, length, file.size_bytes())?, file))
         });
-        match tried {
+        match file {
+            Ok((range, file)) => guarded(|| self.zero_file(file, range, reply)),
             Err(error) => reply.error(errno(error)),
-            Ok((None, _)) => reply.ok(),
-            Ok((Some(rest), file)) => {
-                self.runtime.spawn(async move { answer_empty(reply, file.zero(rest).await) });
-            }
         }
     }
 
@@ -424,18 +462,9 @@ impl Filesystem for Front {
             Err(ioctl::Refusal::Unknown) => return reply.error(Errno::ENOTTY),
             Err(ioctl::Refusal::Malformed) => return reply.error(Errno::EINVAL),
         };
-        let tried = self.file(handle).and_then(|file| Ok((file.try_ioctl(request)?, file)));
-        match tried {
+        match self.file(handle) {
+            Ok(file) => guarded(|| self.control_file(file, request, reply)),
             Err(error) => reply.error(errno(error)),
-            Ok((Some(answer), _)) => reply.ioctl(0, &answer),
-            Ok((None, file)) => {
-                self.runtime.spawn(async move {
-                    match file.ioctl(request).await {
-                        Ok(answer) => reply.ioctl(0, &answer),
-                        Err(error) => reply.error(errno(error)),
-                    }
-                });
-            }
         }
     }
 
@@ -636,28 +665,30 @@ impl Mounted {
         }
     }
 
-    /// Unmounts, even when files are open: whoever has them gets errors from then on. Blocks, until
-    /// no request is being served any more. Does nothing the second time.
+    /// Takes the mount from the tree, even when files are open: where the system lets us, whoever has
+    /// them gets errors from then on. Blocks. Does nothing the second time.
     pub(crate) fn unmount(&mut self) -> io::Result<()> {
         if std::mem::replace(&mut self.unmounted, true) || *self.ended.borrow() {
             return Ok(());
         }
-        if let Err(error) = self.unmounter.unmount() {
-            tracing::warn!(
-                %error,
-                point = %self.point.display(),
-                "the mount is in use; whoever uses it gets errors from now on"
-            );
-            mount::detach(&self.point, true)?;
-        }
+        let Err(error) = self.unmounter.unmount() else { return Ok(()) };
+        let point = self.point.display();
+        tracing::warn!(%error, %point, "the mount is in use; whoever uses it gets errors from now on");
+        mount::detach(&self.point, true)
+    }
+
+    /// Blocks until no request is served any more, for some seconds at most. They may be too few
+    /// when files are open and only root could have aborted what their owners wait for.
+    pub(crate) fn wait_ended(&self) {
         let deadline = Instant::now() + END_MAX;
         while !*self.ended.borrow() {
             if Instant::now() > deadline {
-                return Err(io::Error::from(io::ErrorKind::TimedOut));
+                let point = self.point.display();
+                tracing::warn!(%point, "files are still open; they end with this process");
+                return;
             }
             std::thread::sleep(END_POLL);
         }
-        Ok(())
     }
 }
 
@@ -666,5 +697,6 @@ impl Drop for Mounted {
         if let Err(error) = self.unmount() {
             tracing::error!(%error, point = %self.point.display(), "cannot be unmounted");
         }
+        self.wait_ended();
     }
 }

@@ -11,6 +11,7 @@ use blobcr_proto::v1;
 use blobcr_repository::tree::Root;
 use blobcr_repository::{Catalog, CatalogError, Repository};
 use bytes::{Bytes, BytesMut};
+use futures::future::try_join_all;
 use rustix::io::Errno;
 
 use crate::base::{SnapshotBase, Snapshots};
@@ -240,24 +241,29 @@ impl ImageFile {
         Ok(Some(range.len as usize))
     }
 
-    /// Reads, and fetches what is missing.
+    /// Reads, and fetches what is missing, all at once.
     pub(crate) async fn read(&self, offset: u64, len: usize) -> Result<Bytes, BaseError> {
         let range = self.clip(offset, len);
         let mut out = BytesMut::zeroed(range.len as usize);
-        let mut at = 0;
+        let mut rest = &mut out[..];
+        let mut missing = Vec::new();
         for (chunk, piece) in range.by_chunk(self.base.chunk_size()) {
-            let part = &mut out[at..at + piece.len as usize];
-            at += piece.len as usize;
-            if self.base.read_local(chunk, piece.start, part)? {
-                continue;
+            let (part, tail) = rest.split_at_mut(piece.len as usize);
+            rest = tail;
+            if !self.base.read_local(chunk, piece.start, part)? {
+                missing.push((chunk, piece, part));
             }
+        }
+        try_join_all(missing.into_iter().map(|(chunk, piece, part)| async move {
             match self.base.fetch(chunk).await? {
                 Some(bytes) => {
                     part.copy_from_slice(&bytes[piece.start as usize..piece.end() as usize]);
                 }
                 None => part.fill(0),
             }
-        }
+            Ok(())
+        }))
+        .await?;
         Ok(out.freeze())
     }
 

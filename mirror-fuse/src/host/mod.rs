@@ -5,6 +5,7 @@ mod error;
 mod options;
 
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -211,12 +212,7 @@ impl Host {
         if self.0.stopping.send_replace(true) {
             return Ok(());
         }
-        let inner = Arc::clone(&self.0);
-        let unmounted = spawn_blocking(move || {
-            let mounted = lock(&inner.mounted).take();
-            mounted.map_or(Ok(()), |mut mounted| mounted.unmount())
-        })
-        .await?;
+        let (mounted, unmounted) = self.unmount().await?;
         let point = self.0.mount_point.clone();
         let mut result = unmounted.map_err(|source| HostError::Io { path: point, source });
         let disks = self.0.disks.all_served();
@@ -225,6 +221,8 @@ impl Host {
             tracing::info!("snapshots that are not persisted yet go on at the next start");
         }
         self.0.snapshots.stop();
+        // With it the last reads end that waited for the repository.
+        spawn_blocking(move || mounted.as_ref().map(Mounted::wait_ended)).await?;
         let stops = disks.iter().map(|served| served.disk.shutdown());
         for (served, stopped) in disks.iter().zip(join_all(stops).await) {
             if let Err(error) = stopped {
@@ -234,6 +232,17 @@ impl Host {
         }
         self.0.directory.unlock();
         result
+    }
+
+    /// What was mounted, and whether it could be taken from the tree.
+    async fn unmount(&self) -> Result<(Option<Mounted>, io::Result<()>), HostError> {
+        let inner = Arc::clone(&self.0);
+        let unmount = move || {
+            let mut mounted = lock(&inner.mounted).take();
+            let unmounted = mounted.as_mut().map_or(Ok(()), Mounted::unmount);
+            (mounted, unmounted)
+        };
+        Ok(spawn_blocking(unmount).await?)
     }
 
     /// Returns when the mount is gone, because of [`Self::stop`] or because somebody unmounted it.

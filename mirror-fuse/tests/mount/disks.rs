@@ -62,7 +62,8 @@ fn a_disk_reads_as_its_snapshot_and_writes_stay_its_own() {
     assert_same(&mirror.path("images/vm/1.raw"), &bytes);
     let data = fs::metadata(&one).unwrap();
     assert_eq!(data.len(), model.len() as u64);
-    assert_eq!(data.permissions().mode() & 0o777, 0o666);
+    let mode = if rustix::process::geteuid().is_root() { 0o666 } else { 0o600 };
+    assert_eq!(data.permissions().mode() & 0o777, mode);
     let names: Vec<_> =
         fs::read_dir(mirror.path("disks")).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, ["one.raw", "two.raw"]);
@@ -157,7 +158,7 @@ fn a_disk_neither_grows_nor_shrinks() {
     assert_eq!(file.read_at(&mut end, size - 2).unwrap(), 2);
     assert_eq!(&end[..2], b"xy");
     assert_eq!(fs::metadata(&path).unwrap().len(), size);
-    assert_eq!(errno(fs::remove_file(&path)), Errno::PERM);
+    assert!(matches!(errno(fs::remove_file(&path)), Errno::PERM | Errno::ACCESS));
     // Times and owners are taken.
     file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();

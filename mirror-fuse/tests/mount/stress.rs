@@ -103,7 +103,10 @@ impl<'a> Differ<'a> {
                 let made = self.mirror().checkpoint("d");
                 self.snapshots.push((made.image, made.number, self.model.clone()));
             }
-            _ => self.restart(),
+            _ => {
+                drop(file);
+                self.restart();
+            }
         }
     }
 

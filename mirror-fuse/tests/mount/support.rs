@@ -115,6 +115,8 @@ impl World {
             HostOptions::new(self.dir.path().join("mirror"), self.dir.path().join("mnt"));
         options.cache_bytes = 256 << 20;
         options.keep_free_bytes = 0;
+        // Others may be let in by root, or where the system's settings say so.
+        options.allow_other = rustix::process::geteuid().is_root();
         options
     }
 
