@@ -32,27 +32,26 @@
 //! In sled's default tree: `k` + key → version (8 bytes, big endian) + value; `r` → the newest
 //! version, so that versions are not given twice after a delete. Beside sled's files: `acknowledged`.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::ops::Bound;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, OnceLock, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use self::acknowledged::Acknowledged;
 use self::commit::{Committer, Pending};
+use self::tree::{REVISION_KEY, Shared, damaged, parse, tree_value};
 use super::watchers::Watchers;
 use super::{Entry, Key, MetaStore, Page, StoreError, Swap, Version, Watch, check_key, page_limit};
 use crate::directory::Directory;
 
 mod acknowledged;
 mod commit;
+mod tree;
 
 /// Swaps in one group at most: bounds how long the first of them waits.
 pub const GROUP_SWAPS_MAX: usize = 256;
@@ -94,144 +93,6 @@ impl Durability for FileDurability {
     fn sync(&mut self) -> io::Result<()> {
         self.0.sync_data()
     }
-}
-
-type Old = Option<(Version, Bytes)>;
-
-/// What readers and the commit thread share.
-#[derive(Debug)]
-struct Shared {
-    tree: sled::Tree,
-    /// The values before the group that is being committed, of the keys that it changes: readers see
-    /// these until the group is durable. Held for writing while sled's tree changes, so no reader
-    /// walks a tree that is being changed.
-    before: RwLock<BTreeMap<Key, Old>>,
-    watchers: Watchers,
-    poison: OnceLock<String>,
-}
-
-impl Shared {
-    fn alive(&self) -> Result<(), StoreError> {
-        match self.poison.get() {
-            Some(detail) => Err(StoreError::Poisoned { detail: detail.clone() }),
-            None => Ok(()),
-        }
-    }
-
-    fn poison(&self, detail: String) -> StoreError {
-        let detail = self.poison.get_or_init(|| {
-            tracing::error!(%detail, "the metadata store stops");
-            detail
-        });
-        self.watchers.close();
-        StoreError::Poisoned { detail: detail.clone() }
-    }
-
-    fn before(&self) -> RwLockReadGuard<'_, BTreeMap<Key, Old>> {
-        // The map itself cannot be half-changed; a commit thread that died has poisoned the store.
-        self.before.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The newest value, durable or not.
-    fn newest(&self, key: &Key) -> Result<Old, StoreError> {
-        self.tree.get(tree_key(key)).map_err(damaged)?.map(|value| parse(&value)).transpose()
-    }
-
-    fn get(&self, key: &Key) -> Result<Option<Entry>, StoreError> {
-        let before = self.before();
-        let value = match before.get(key) {
-            Some(old) => old.clone(),
-            None => self.newest(key)?,
-        };
-        drop(before);
-        self.alive()?;
-        Ok(value.map(|(version, value)| Entry { key: key.clone(), value, version }))
-    }
-
-    fn list(&self, prefix: &[u8], after: Option<&Key>, limit: usize) -> Result<Page, StoreError> {
-        let first = Key::new(prefix.to_vec());
-        let start = match after {
-            Some(after) if *after >= first => Bound::Excluded(after.clone()),
-            _ => Bound::Included(first),
-        };
-        let before = self.before();
-        let mut old = before
-            .range((start.clone(), Bound::Unbounded))
-            .take_while(|(key, _)| key.as_slice().starts_with(prefix))
-            .peekable();
-        let mut new = self
-            .tree
-            .range::<Vec<u8>, _>((start.as_ref().map(tree_key), Bound::Unbounded))
-            .map(|pair| pair.map_err(damaged))
-            .take_while(|pair| pair.as_ref().map_or(true, |(key, _)| under(key, prefix)))
-            .peekable();
-        let mut page = Page { entries: Vec::new(), more: false };
-        loop {
-            let next_new = match new.peek() {
-                Some(Ok((key, _))) => Some(Key::new(key[1..].to_vec())),
-                Some(Err(error)) => return Err(error.clone()),
-                None => None,
-            };
-            // The old value hides the new one of the same key.
-            let take_old = match (old.peek(), &next_new) {
-                (Some((key, _)), Some(next)) => *key <= next,
-                (Some(_), None) => true,
-                (None, _) => false,
-            };
-            let (key, value) = if take_old {
-                let Some((key, value)) = old.next() else { break };
-                if next_new.as_ref() == Some(key) {
-                    new.next();
-                }
-                let Some(value) = value.clone() else { continue };
-                (key.clone(), value)
-            } else {
-                let (Some(key), Some(pair)) = (next_new, new.next()) else { break };
-                (key, parse(&pair?.1)?)
-            };
-            if page.entries.len() == limit {
-                page.more = true;
-                break;
-            }
-            page.entries.push(Entry { key, value: value.1, version: value.0 });
-        }
-        drop(before);
-        self.alive()?;
-        Ok(page)
-    }
-}
-
-const KEY_TAG: u8 = b'k';
-const REVISION_KEY: &[u8] = b"r";
-
-fn tree_key(key: &Key) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(1 + key.as_slice().len());
-    bytes.push(KEY_TAG);
-    bytes.extend_from_slice(key.as_slice());
-    bytes
-}
-
-fn under(tree_key: &[u8], prefix: &[u8]) -> bool {
-    tree_key.split_first().is_some_and(|(tag, key)| *tag == KEY_TAG && key.starts_with(prefix))
-}
-
-fn tree_value(version: Version, value: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(8 + value.len());
-    bytes.extend_from_slice(&version.0.to_be_bytes());
-    bytes.extend_from_slice(value);
-    bytes
-}
-
-fn parse(stored: &[u8]) -> Result<(Version, Bytes), StoreError> {
-    let (version, value) = stored.split_first_chunk::<8>().ok_or_else(|| StoreError::Damaged {
-        detail: format!("a value of {} bytes has no version", stored.len()),
-    })?;
-    Ok((Version(u64::from_be_bytes(*version)), Bytes::copy_from_slice(value)))
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "used as a function to map errors with")]
-fn damaged(error: sled::Error) -> StoreError {
-    StoreError::Damaged { detail: error.to_string() }
 }
 
 /// See the module.

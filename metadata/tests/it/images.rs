@@ -172,7 +172,7 @@ async fn an_interrupted_removal_is_finished_later() {
     for swaps in 0..8 {
         let f = Fixture::new().await;
         f.image_with("base", "", 100).await;
-        let flaky = crate::model::flaky(&f.store);
+        let flaky = crate::flaky::flaky(&f.store);
         flaky.crash_after(swaps, true);
         let dying = crate::fixture::manager(&flaky.as_store(), &f.clock, 3);
         let died = dying.remove_image(named("base")).await.is_err();

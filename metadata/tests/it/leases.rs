@@ -151,7 +151,7 @@ async fn an_interrupted_end_is_finished_later() {
         for number in 1..=4 {
             f.manager.begin_snapshot(begin(image.id, number, lease, "w")).await.unwrap();
         }
-        let flaky = crate::model::flaky(&f.store);
+        let flaky = crate::flaky::flaky(&f.store);
         flaky.crash_after(swaps, false);
         let dying = crate::fixture::manager(&flaky.as_store(), &f.clock, 3);
         let died = dying.release_lease(release(lease)).await.is_err();

@@ -4,6 +4,7 @@
 
 mod concurrent;
 mod fixture;
+mod flaky;
 mod images;
 mod leases;
 mod model;

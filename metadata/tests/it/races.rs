@@ -14,7 +14,7 @@ use crate::fixture::{
     Fixture, Kind, START_MS, TTL_MS, at, begin, clone, create, fail, kind, manager, named, publish,
     refused,
 };
-use crate::model::{Flaky, flaky};
+use crate::flaky::{Flaky, flaky};
 
 struct Race {
     f: Fixture,

@@ -291,7 +291,7 @@ async fn waiting_ends_with_the_snapshot_or_the_time() {
 #[tokio::test]
 async fn messages_of_a_lost_store_tell_that_it_may_come_back() {
     let f = Fixture::new().await;
-    let flaky = crate::model::flaky(&f.store);
+    let flaky = crate::flaky::flaky(&f.store);
     flaky.crash_after(0, false);
     let manager = crate::fixture::manager(&flaky.as_store(), &f.clock, 3);
     let error = manager.create_image(crate::fixture::create("a", "")).await.unwrap_err();

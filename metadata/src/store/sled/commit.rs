@@ -7,9 +7,8 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use super::acknowledged::Acknowledged;
-use super::{
-    Durability, GROUP_BYTES_MAX, GROUP_SWAPS_MAX, Old, REVISION_KEY, Shared, tree_key, tree_value,
-};
+use super::tree::{Old, REVISION_KEY, Shared, tree_key, tree_value};
+use super::{Durability, GROUP_BYTES_MAX, GROUP_SWAPS_MAX};
 use crate::store::{Action, Change, Key, StoreError, Swap, Version};
 
 type Answer = Result<Version, StoreError>;
