@@ -10,7 +10,7 @@ use super::capture::Captures;
 use super::facts::Pending;
 use super::generation::Generation;
 use super::shared::Shared;
-use super::upstreams::{SnapshotKey, Work};
+use super::upstreams::{Persisted, SnapshotKey, Work};
 use super::{CheckpointImage, Settled, UpstreamError};
 
 /// The first and the longest pause between two tries of a call that failed for want of a
@@ -186,12 +186,26 @@ async fn attempt(
     let persisted = upstream.persist(&key, work).await;
     shared.set_stalled(None);
     let done = match persisted {
-        Ok(persisted) => retry(shared, || upstream.publish(&key, &persisted))
-            .await
-            .map(|_| persisted.root),
+        Ok(persisted) => publish(shared, &key, persisted).await,
         Err(error) => Err(error),
     };
     done.map_err(|error| Failed { reason: error.to_string(), chunks })
+}
+
+async fn publish(
+    shared: &Shared,
+    key: &SnapshotKey,
+    persisted: Persisted,
+) -> Result<v1::TreeRoot, UpstreamError> {
+    let upstream = &shared.common.deps.upstream;
+    let Err(refusal) = retry(shared, || upstream.publish(key, &persisted)).await else {
+        return Ok(persisted.root);
+    };
+    // An earlier try may have done it, and only its answer was lost.
+    match retry(shared, || upstream.snapshot(key.image_id, key.number)).await {
+        Ok(found) if found.root.as_ref() == Some(&persisted.root) => Ok(persisted.root),
+        _ => Err(refusal),
+    }
 }
 
 /// How far an earlier process got with a snapshot: its root when it is stable, nothing when it is

@@ -96,23 +96,26 @@ impl Generation {
         if !self.prepare(&mut stripe, chunk, room)? {
             return Ok(Step::NeedsRoom);
         }
+        let written = self.write_sectors(piece, data, &edges);
+        self.changed(chunk, self.shape.touched(piece), written)
+    }
+
+    fn write_sectors(&self, piece: Piece, data: &[u8], edges: &Edges) -> Result<(), DiskError> {
         let touched = self.shape.touched(piece);
         let last = Sectors { first: touched.end - 1, end: touched.end };
-        let mut from = 0;
-        let mut to = data.len();
+        let (mut from, mut to) = (0, data.len());
         if let Some(head) = &edges.head {
-            self.delta.write(self.at(chunk, touched.start_byte() as u64), head)?;
+            self.delta.write(self.at(piece.chunk, touched.start_byte() as u64), head)?;
             from = to.min(SECTOR - piece.within as usize % SECTOR);
         }
         if let Some(tail) = &edges.tail {
-            self.delta.write(self.at(chunk, last.start_byte() as u64), tail)?;
+            self.delta.write(self.at(piece.chunk, last.start_byte() as u64), tail)?;
             to = last.start_byte() - piece.within as usize;
         }
         if from < to {
-            self.delta.write(self.at(chunk, piece.within + from as u64), &data[from..to])?;
+            self.delta.write(self.at(piece.chunk, piece.within + from as u64), &data[from..to])?;
         }
-        self.wrote(chunk, touched);
-        Ok(Step::Done)
+        Ok(())
     }
 
     /// Completes the partial sectors of a piece that the delta does not hold. `None`: that needs
@@ -215,14 +218,25 @@ impl Generation {
         Ok(true)
     }
 
-    /// The delta holds the sectors now. The chunk's lock is still held: whoever finds the sectors
-    /// present under it can rely on their being on the list of changes too.
-    pub(super) fn wrote(&self, chunk: u64, sectors: Sectors) {
-        let added = self.map.add_present(chunk, sectors);
-        if added > 0 {
-            self.local_sectors.fetch_add(u64::from(added), Ordering::Relaxed);
-            self.stripes.changed(chunk);
+    /// Ends a change of sectors: when it succeeded, the delta holds them now. The chunk's lock is
+    /// still held: whoever finds the sectors present under it can rely on their being on the list
+    /// of changes too.
+    pub(super) fn changed(
+        &self,
+        chunk: u64,
+        sectors: Sectors,
+        done: Result<(), DiskError>,
+    ) -> Result<Step, DiskError> {
+        if done.is_ok() {
+            let added = self.map.add_present(chunk, sectors);
+            if added > 0 {
+                self.local_sectors.fetch_add(u64::from(added), Ordering::Relaxed);
+                self.stripes.changed(chunk);
+            }
         }
+        // Last of all, or a flush in between would think that it has seen this change. Also when
+        // it failed half-way: what can be read now must not be gone after a flush.
         self.flusher.touched();
+        done.map(|()| Step::Done)
     }
 }

@@ -81,9 +81,9 @@ impl Generation {
         }
         // Before the presence bits: the delta may hold rubbish where nothing is present, left by a
         // write that the host interrupted.
-        self.delta.punch(self.at(chunk, sectors.start_byte() as u64), sectors.bytes() as u64)?;
-        self.wrote(chunk, sectors);
-        Ok(Step::Done)
+        let start = self.at(chunk, sectors.start_byte() as u64);
+        let punched = self.delta.punch(start, sectors.bytes() as u64);
+        self.changed(chunk, sectors, punched)
     }
 }
 

@@ -1,2 +1,4 @@
 mod cases;
+mod crash_files;
+mod model;
 pub(super) mod support;

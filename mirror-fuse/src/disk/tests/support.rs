@@ -81,6 +81,7 @@ pub(crate) struct World {
     held: std::sync::atomic::AtomicBool,
     /// Somebody waits for a step.
     pub(crate) waiting: std::sync::atomic::AtomicUsize,
+    taken: std::sync::atomic::AtomicUsize,
 }
 
 impl World {
@@ -90,6 +91,7 @@ impl World {
             steps: Semaphore::new(0),
             held: false.into(),
             waiting: 0.into(),
+            taken: 0.into(),
         })
     }
 
@@ -147,12 +149,16 @@ impl World {
         if self.held.load(Ordering::SeqCst) {
             permit.forget();
         }
+        self.taken.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Takes back permits that were not used.
-    pub(crate) fn hold_again(&self) {
-        self.hold();
-        self.steps.forget_permits(usize::MAX >> 4);
+    /// Lets somebody who waits take one step, and waits until it is taken.
+    pub(crate) async fn take_step(&self) {
+        let before = self.taken.load(Ordering::SeqCst);
+        self.permit();
+        while self.taken.load(Ordering::SeqCst) == before {
+            tokio::task::yield_now().await;
+        }
     }
 
     pub(crate) fn fail_next(&self, call: &'static str, failure: Failure) {
@@ -438,7 +444,7 @@ impl Base for WorldBase {
 
     fn may_have_data(&self, chunk: u64) -> Option<bool> {
         // Known for every third chunk only.
-        (chunk % 3 != 0).then(|| self.content.contains_key(&chunk))
+        (!chunk.is_multiple_of(3)).then(|| self.content.contains_key(&chunk))
     }
 }
 
