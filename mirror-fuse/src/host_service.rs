@@ -73,13 +73,24 @@ impl From<HostError> for Status {
     }
 }
 
+/// Does what changes a disk to its end, whether or not the caller still waits. Half of an attach or
+/// a detach is a directory that no disk has; and were a disk's file let open again in the middle of
+/// a rollback, what is written to it then would be thrown away.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, HostError>> + Send + 'static,
+) -> Result<T, HostError> {
+    tokio::spawn(work).await?
+}
+
 #[tonic::async_trait]
 impl Mirror for MirrorService {
     async fn attach_disk(
         &self,
         request: Request<v1::AttachDiskRequest>,
     ) -> Result<Response<v1::Disk>, Status> {
-        Ok(Response::new(self.0.attach(request.into_inner()).await?))
+        let host = self.0.clone();
+        let attached = async move { host.attach(request.into_inner()).await };
+        Ok(Response::new(to_the_end(attached).await?))
     }
 
     async fn detach_disk(
@@ -87,7 +98,8 @@ impl Mirror for MirrorService {
         request: Request<v1::DetachDiskRequest>,
     ) -> Result<Response<v1::DetachDiskResponse>, Status> {
         let request = request.into_inner();
-        self.0.detach(&request.disk, request.discard_changes).await?;
+        let host = self.0.clone();
+        to_the_end(async move { host.detach(&request.disk, request.discard_changes).await }).await?;
         Ok(Response::new(v1::DetachDiskResponse {}))
     }
 
@@ -116,6 +128,8 @@ impl Mirror for MirrorService {
         request: Request<v1::RollbackDiskRequest>,
     ) -> Result<Response<v1::Disk>, Status> {
         let request = request.into_inner();
-        Ok(Response::new(self.0.rollback(&request.disk, request.number).await?))
+        let host = self.0.clone();
+        let rolled_back = async move { host.rollback(&request.disk, request.number).await };
+        Ok(Response::new(to_the_end(rolled_back).await?))
     }
 }

@@ -216,6 +216,27 @@ impl RepositoryUpstream {
         !matches!(renewed.await, Err(CatalogError::Precondition(_) | CatalogError::NotFound(_)))
     }
 
+    async fn report_failure(&self, key: &SnapshotKey, reason: &str) -> Result<(), UpstreamError> {
+        let catalog = self.repository.catalog();
+        let request = || v1::FailSnapshotRequest {
+            image_id: key.image_id,
+            number: key.number,
+            writer: key.writer.clone(),
+            reason: reason.to_owned(),
+        };
+        let failed = match catalog.fail_snapshot(request()).await {
+            Err(CatalogError::NotFound(_)) => {
+                // It was never begun: its number is taken now, so that whoever was told of it can
+                // see what became of it.
+                let job = self.job(key);
+                self.begin_under(key, &job).await?;
+                catalog.fail_snapshot(request()).await
+            }
+            done => done,
+        };
+        failed.map(|_| ()).map_err(error)
+    }
+
     /// Opens the pool; waits for the repository.
     async fn pool(
         &self,
@@ -353,26 +374,13 @@ impl Upstream for RepositoryUpstream {
     }
 
     async fn fail(&self, key: &SnapshotKey, reason: &str) -> Result<(), UpstreamError> {
-        let catalog = self.repository.catalog();
-        let request = || v1::FailSnapshotRequest {
-            image_id: key.image_id,
-            number: key.number,
-            writer: key.writer.clone(),
-            reason: reason.to_owned(),
-        };
-        let failed = match catalog.fail_snapshot(request()).await {
-            Err(CatalogError::NotFound(_)) => {
-                // It was never begun: its number is taken now, so that whoever was told of it can
-                // see what became of it.
-                let job = self.job(key);
-                self.begin_under(key, &job).await?;
-                catalog.fail_snapshot(request()).await
-            }
-            done => done,
-        };
-        failed.map_err(error)?;
-        self.end(key);
-        Ok(())
+        let failed = self.report_failure(key, reason).await;
+        if !failed.as_ref().is_err_and(UpstreamError::is_transient) {
+            // Also when it is refused (the image is gone, say): nobody will ask again, and a lease
+            // that is kept holds back the collector.
+            self.end(key);
+        }
+        failed
     }
 
     async fn snapshot(&self, image_id: u64, number: u64) -> Result<v1::Snapshot, UpstreamError> {
@@ -397,5 +405,22 @@ impl Upstream for RepositoryUpstream {
                 _ => return Ok(pending),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blobcr_repository::testing::memory_repository;
+
+    #[tokio::test]
+    async fn a_snapshot_that_cannot_even_fail_leaves_no_lease_behind() {
+        let (repository, ..) = memory_repository();
+        let upstream = RepositoryUpstream::new(repository, PersistLimits::default());
+        // Its image was removed by somebody.
+        let key = SnapshotKey { image_id: 77, number: 2, writer: "host".into() };
+        assert!(matches!(upstream.begin(&key).await, Err(UpstreamError::NotFound(_))));
+        assert!(matches!(upstream.fail(&key, "why").await, Err(UpstreamError::NotFound(_))));
+        assert!(lock(&upstream.jobs).is_empty(), "its lease would be renewed for ever");
     }
 }

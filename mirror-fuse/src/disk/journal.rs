@@ -191,35 +191,38 @@ impl Journal {
         self.end > REWRITE_BYTES_MIN && self.end > GROWTH_FACTOR * self.compact_end
     }
 
-    /// Appends entries and makes them durable. When that fails for want of space, the journal is
-    /// as before and the call can be repeated.
+    /// Appends entries and makes them durable. When that fails for want of space, the call can be
+    /// repeated: what was written of the entries until then does no harm.
     pub(super) fn append(
         &mut self,
         entries: impl Iterator<Item = Entry>,
     ) -> Result<(), DiskError> {
-        let (next, end) = (self.next, self.end);
-        if let Err(error) = self.write(entries) {
-            (self.next, self.end) = (next, end);
-            // Should this fail too, the next append overwrites the rest: numbers are the same.
-            let _ = self.file.set_len(end);
-            return Err(error);
-        }
-        if self.end == end {
-            return Ok(());
-        }
-        self.files.sync_data(Which::Journal, &self.file)
-    }
-
-    fn write(&mut self, entries: impl Iterator<Item = Entry>) -> Result<(), DiskError> {
         let mut entries = entries.peekable();
         while entries.peek().is_some() {
-            let batch: Vec<_> = entries.by_ref().take(BATCH_ENTRIES_MAX).collect();
-            debug_assert!(batch.iter().all(|entry| entry.presence.len() == self.words));
-            let bytes = encode_batch(self.next, &batch);
-            self.files.write_all_at(Which::Journal, &self.file, &bytes, self.end)?;
-            self.next += 1;
-            self.end += bytes.len() as u64;
+            let (next, end) = (self.next, self.end);
+            if let Err(error) = self.write_batch(&mut entries) {
+                (self.next, self.end) = (next, end);
+                // Should this fail too, the next append overwrites the rest: numbers are the same.
+                let _ = self.file.set_len(end);
+                return Err(error);
+            }
+            // Before the next one is written: of two batches that are not durable yet, a host crash
+            // may leave the second alone, and that would be taken for damage to the first.
+            self.files.sync_data(Which::Journal, &self.file)?;
         }
+        Ok(())
+    }
+
+    fn write_batch(
+        &mut self,
+        entries: &mut impl Iterator<Item = Entry>,
+    ) -> Result<(), DiskError> {
+        let batch: Vec<_> = entries.take(BATCH_ENTRIES_MAX).collect();
+        debug_assert!(batch.iter().all(|entry| entry.presence.len() == self.words));
+        let bytes = encode_batch(self.next, &batch);
+        self.files.write_all_at(Which::Journal, &self.file, &bytes, self.end)?;
+        self.next += 1;
+        self.end += bytes.len() as u64;
         Ok(())
     }
 
@@ -230,7 +233,12 @@ impl Journal {
     ) -> Result<(), DiskError> {
         let temporary = self.path.with_extension("tmp");
         let mut new = Self::create(&self.files, &temporary, self.words, &self.identity)?;
-        new.append(entries)?;
+        let mut entries = entries.peekable();
+        while entries.peek().is_some() {
+            new.write_batch(&mut entries)?;
+        }
+        // One sync for all of it: nobody reads it before it has its name.
+        new.files.sync_data(Which::Journal, &new.file)?;
         new.compact_end = new.end;
         self.files.rename(Which::Journal, &temporary, &self.path)?;
         new.path.clone_from(&self.path);
@@ -350,6 +358,35 @@ mod tests {
                 Err(error) => panic!("{error}"),
             }
         }
+    }
+
+    /// The host goes down in the first sync of a journal after the head's.
+    #[derive(Default)]
+    struct DiesInSync(std::sync::atomic::AtomicUsize);
+
+    impl crate::disk::FileIo for DiesInSync {
+        fn sync_data(&self, _: Which, file: &File) -> std::io::Result<()> {
+            match self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+                0 => file.sync_data(),
+                _ => Err(std::io::Error::other("the host went down")),
+            }
+        }
+    }
+
+    #[test]
+    fn a_crash_in_a_long_append_is_no_damage_whatever_part_of_it_is_durable() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let dying = Files::new("d".into(), Arc::new(DiesInSync::default()));
+        let mut journal = Journal::create(&dying, &path, 1, &identity()).unwrap();
+        let many = 3 * BATCH_ENTRIES_MAX as u64;
+        assert!(journal.append((0..many).map(|chunk| entry(chunk, 1))).is_err());
+        // The last pages made it to the disk, the first one did not.
+        let mut left = std::fs::read(&path).unwrap();
+        left[HEAD_BYTES as usize..][..4096].fill(0);
+        std::fs::write(&path, &left).unwrap();
+        let (_, seen) = read(&path).expect("nothing of it had been acknowledged");
+        assert!(seen.is_empty());
     }
 
     proptest::proptest! {

@@ -126,10 +126,13 @@ fn open_generation(common: &Common, durable: &Durable) -> Result<Generation, Dis
     let boot_id = &common.deps.boot_id;
     let map = match Map::open(&common.files, &dir.join(MAP), common.shape, &identity) {
         Ok(map) => Some(map),
-        Err(error) => {
+        Err(error @ DiskError::Damaged { .. }) => {
             tracing::warn!(disk = common.files.disk(), %error, "using the journal instead");
             None
         }
+        // IMPORTANT: an error that may pass (too many open files, say) must not count as damage. The
+        // journal lacks what was acknowledged and not flushed, and the map is replaced for good.
+        Err(error) => return Err(error),
     };
     let believed = map.and_then(|map| {
         let facts = map.facts()?;
@@ -225,4 +228,48 @@ pub(super) fn remove(common: &Common) -> Result<(), DiskError> {
     let failed = |error| common.files.error(Which::Directory, "remove", error);
     std::fs::remove_file(common.dir.join(RECORD)).map_err(failed)?;
     std::fs::remove_dir_all(&common.dir).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::disk::tests::support::{CHUNK, World, deps, pattern, spec_of};
+    use crate::disk::{Disk, FileIo, HostFiles};
+
+    /// A process that may not have as many files open as it needs, for a moment.
+    #[derive(Default)]
+    struct NoMoreFiles(AtomicBool);
+
+    impl FileIo for NoMoreFiles {
+        fn allocate(&self, which: Which, file: &File, offset: u64, len: u64) -> io::Result<()> {
+            if which == Which::Map && !self.0.swap(true, Ordering::Relaxed) {
+                return Err(io::Error::other("too many open files"));
+            }
+            HostFiles.allocate(which, file, offset, len)
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn an_error_that_passes_does_not_make_the_map_anew_from_the_journal() {
+        let directory = tempfile::tempdir().unwrap();
+        let dir = directory.path().join("disk");
+        let world = World::new();
+        let size = 5 * CHUNK as u64;
+        let spec = spec_of("disk", world.image("base", &pattern(1, size as usize)), size);
+        let deps = deps(&world, (16, 16), "boot");
+        let disk = Disk::create(&dir, spec, deps.clone()).unwrap();
+        disk.put(5000, b"acknowledged and not flushed").await;
+        disk.crash().await;
+        let failing = DiskDeps { io: Arc::new(NoMoreFiles::default()), ..deps.clone() };
+        let refused = Disk::open(&dir, failing);
+        let disk = match refused {
+            Ok(disk) => disk,
+            Err(_) => Disk::open(&dir, deps).unwrap(),
+        };
+        assert_eq!(disk.read(5000, 28).await.unwrap(), &b"acknowledged and not flushed"[..]);
+    }
 }

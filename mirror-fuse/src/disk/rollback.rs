@@ -20,11 +20,28 @@ use super::upstreams::Source;
 use super::{DiskError, UpstreamError};
 
 impl Shared {
+    /// Goes on to its end when the caller goes away: were the lock given back while the generations
+    /// are being swapped, a COMMIT could get a number that the new one hands out again.
     pub(super) async fn rollback(self: &Arc<Self>, number: u64) -> Result<(), DiskError> {
+        let shared = Arc::clone(self);
+        let whole = self.common.deps.runtime.spawn(async move { shared.roll_back(number).await });
+        match whole.await {
+            Ok(done) => done,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime is shutting down.
+                Err(_) => Err(DiskError::Stopped(self.disk().to_owned())),
+            },
+        }
+    }
+
+    async fn roll_back(self: Arc<Self>, number: u64) -> Result<(), DiskError> {
         let _one = self.commit.lock().await;
         self.settle_all().await?;
+        // A CLONE tells the generation its first number: not one that is about to be replaced.
+        let _no_clone = self.clone.lock().await;
         let source = self.rollback_source(number).await?;
-        let shared = Arc::clone(self);
+        let shared = Arc::clone(&self);
         self.common.blocking(move || shared.swap_generation(source)).await
     }
 
@@ -107,5 +124,107 @@ impl Shared {
             }
         });
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::path::Path;
+    use std::sync::{Condvar, Mutex};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::disk::tests::support::{CHUNK, World, deps, pattern, spec_of};
+    use crate::disk::{Disk, DiskDeps, FileIo, HostFiles, Settled};
+
+    /// The host's files, on which the syncs of directories can be held up.
+    #[derive(Default)]
+    struct Held {
+        /// Whether they are, and how many syncs wait.
+        state: Mutex<(bool, usize)>,
+        changed: Condvar,
+    }
+
+    impl Held {
+        fn hold(&self, held: bool) {
+            self.state.lock().unwrap().0 = held;
+            self.changed.notify_all();
+        }
+
+        async fn somebody_waits(&self) {
+            while self.state.lock().unwrap().1 == 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+    }
+
+    impl FileIo for Held {
+        fn sync_directory(&self, path: &Path) -> io::Result<()> {
+            let mut state = self.state.lock().unwrap();
+            state.1 += 1;
+            while state.0 {
+                state = self.changed.wait(state).unwrap();
+            }
+            state.1 -= 1;
+            drop(state);
+            HostFiles.sync_directory(path)
+        }
+    }
+
+    fn setup() -> (tempfile::TempDir, Arc<Held>, Arc<Disk>) {
+        let dir = tempfile::tempdir().unwrap();
+        let world = World::new();
+        let size = 5 * CHUNK as u64;
+        let spec = spec_of("disk", world.image("base", &pattern(1, size as usize)), size);
+        let io = Arc::new(Held::default());
+        let of_disk: Arc<dyn FileIo> = Arc::<Held>::clone(&io);
+        let deps = DiskDeps { io: of_disk, ..deps(&world, (16, 16), "boot") };
+        let disk = Disk::create(&dir.path().join("disk"), spec, deps).unwrap();
+        (dir, io, disk)
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_rollback_whose_caller_goes_away_keeps_commits_out_until_it_is_done() {
+        let (_dir, io, disk) = setup();
+        let first = disk.commit().await.unwrap();
+        assert_eq!(disk.wait_stable(first.number).await.unwrap(), Settled::Stable);
+        disk.put(0, b"to be thrown away").await;
+        io.hold(true);
+        let of_task = Arc::clone(&disk);
+        let caller = tokio::spawn(async move { of_task.rollback(0).await });
+        io.somebody_waits().await;
+        caller.abort();
+        let _ = caller.await;
+        let during = disk.try_commit().unwrap();
+        io.hold(false);
+        while disk.shared.generation.load().number == 1 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let after = disk.commit().await.unwrap();
+        assert_ne!(during.map(|committed| committed.number), Some(after.number), "used twice");
+        assert_eq!(disk.wait_stable(after.number).await.unwrap(), Settled::Stable);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_clone_made_during_a_rollback_is_known_to_the_disk_after_it() {
+        let (_dir, io, disk) = setup();
+        io.hold(true);
+        let of_task = Arc::clone(&disk);
+        let rollback = tokio::spawn(async move { of_task.rollback(0).await });
+        io.somebody_waits().await;
+        let of_task = Arc::clone(&disk);
+        let mut clone = tokio::spawn(async move { of_task.ensure_clone().await });
+        // It may wait for the rollback.
+        let early = tokio::time::timeout(Duration::from_millis(200), &mut clone).await;
+        io.hold(false);
+        rollback.await.unwrap().unwrap();
+        match early {
+            Ok(made) => made.unwrap().unwrap(),
+            Err(_) => clone.await.unwrap().unwrap(),
+        };
+        let made = disk.commit().await.unwrap();
+        assert_eq!(made.number, 2, "the clone is number 1");
+        assert_eq!(disk.wait_stable(made.number).await.unwrap(), Settled::Stable);
     }
 }
