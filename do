@@ -26,9 +26,8 @@ do_test() {
   processes_before=$(our_processes)
   [ $# -gt 0 ] || do_check
   step "Build"
-  # The end-to-end tests run the real command: the binary beside theirs.
-  cargo build --locked -p blobcr-cli
-  cargo test --locked --workspace --no-run --quiet
+  # The whole workspace, whatever is selected: the end-to-end tests run the command beside theirs.
+  cargo test --locked --workspace --no-run
   step "Unit, property, integration and end-to-end tests"
   local log outcome=0
   log=$(mktemp)
@@ -50,17 +49,22 @@ do_test() {
   return "$outcome"
 }
 
-# check          Format, lints, documentation links; licences and advisories where cargo-deny is installed
+# check          Format and lints; licences and advisories where cargo-deny is installed
 do_check() {
   step "Format"
   cargo fmt --all --check
   step "Lints"
   cargo clippy --locked --workspace --all-targets -- -D warnings
-  step "Licences, advisories, duplicates"
-  if cargo deny --version >/dev/null 2>&1; then
-    cargo deny --locked check
+  step "Licences, banned crates, advisories"
+  if ! cargo deny --version >/dev/null 2>&1; then
+    echo "left out: cargo-deny is not installed (cargo install cargo-deny)"
+    return
+  fi
+  cargo deny --locked check licenses bans sources
+  if cargo deny fetch db >/dev/null 2>&1; then
+    cargo deny --locked check advisories
   else
-    echo "cargo-deny is not installed: left out (cargo install cargo-deny)"
+    echo "advisories left out: their database cannot be fetched"
   fi
 }
 
@@ -68,6 +72,14 @@ do_check() {
 do_bench() {
   cargo build --release --locked -p blobcr-cli -p blobcr-bench
   exec target/release/checkpoint_downtime "$@"
+}
+
+# soak [MINUTES] Random operations, kills, fio and fsx against a mounted disk, seed after seed
+do_soak() {
+  step "Install what is missing"
+  tests/setup.sh
+  cargo build --release --locked -p blobcr-cli -p blobcr-tests --bins
+  exec target/release/blobcr-soak "$@"
 }
 
 # help           This list

@@ -42,11 +42,18 @@ need_rust=no
 at_least "$(rust_version)" "$rust_min" || need_rust=yes
 [ "$(command -v cargo)" ] || need_rust=yes
 
+# The file system exerciser, for the tests: built here, because Debian has none.
+fsx_version=0.3.2
+tools=$(cd "$(dirname "$0")/.." && pwd)/target/tools
+need_fsx=no
+[ "$("$tools/bin/fsx" --version 2>/dev/null)" = "fsx $fsx_version" ] || need_fsx=yes
+
 if [ "${1:-}" = --check ]; then
     [ ${#missing[@]} -eq 0 ] || say "missing: ${missing[*]}"
     [ $need_qemu = no ] || say "missing: QEMU $qemu_min or later"
     [ $need_rust = no ] || say "missing: Rust $rust_min or later"
-    [ "${#missing[@]}$need_qemu$need_rust" = 0nono ]
+    [ $need_fsx = no ] || say "missing: fsx $fsx_version"
+    [ "${#missing[@]}$need_qemu$need_rust$need_fsx" = 0nonono ]
     exit
 fi
 
@@ -108,6 +115,11 @@ if [ $need_rust = yes ]; then
     at_least "$(rust_version)" "$rust_min" ||
         fail "rustc is $(rust_version) and $rust_min is needed; see that rustup's comes first in PATH"
     say "a new shell has cargo in its PATH; this one after: . \"\$HOME/.cargo/env\""
+fi
+if [ $need_fsx = yes ]; then
+    say "building fsx $fsx_version"
+    cargo install fsx --version "$fsx_version" --locked --root "$tools" >&2 ||
+        fail "cargo could not install fsx $fsx_version; mend what it says above, then run tests/setup.sh again"
 fi
 [ -e /dev/fuse ] || say "note: there is no /dev/fuse; load the fuse module (modprobe fuse) before you mount"
 say "ready: $(qemu-system-x86_64 --version | head -1), $(rustc --version), $(fusermount3 --version)"

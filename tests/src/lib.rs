@@ -5,7 +5,10 @@
 //! | [`cluster`] | a `blobcr up` in a directory of its own |
 //! | [`daemon`] | a single role as a process |
 //! | [`disk_file`] | files that stand for disks |
+//! | [`integrity`] | what holds for every byte: random operations, and testers by others |
 //! | [`guest_image`] | the smallest real guest, built from Debian's packages |
+//! | [`mounted`] | an attached disk: its file and its ioctls |
+//! | [`roles`] | the roles as processes, each of which can go away and come back |
 //! | [`scenario`] | the main job, end to end: what the demo shows and the tests assert |
 //! | [`vm`] | a virtual machine under QEMU |
 
@@ -13,5 +16,8 @@ pub mod cluster;
 pub mod daemon;
 pub mod disk_file;
 pub mod guest_image;
+pub mod integrity;
+pub mod mounted;
+pub mod roles;
 pub mod scenario;
 pub mod vm;
