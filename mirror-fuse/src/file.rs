@@ -192,13 +192,20 @@ impl OpenFile {
             Ok(Attempt::NeedsAsync { done }) => {
                 Ok(TryWrite::Later { done: done as usize, total: len })
             }
+            // The cache may give way.
+            Err(error) if is_full(&error) => Ok(TryWrite::Later { done: 0, total: len }),
             Err(error) => Err(disk_errno(&error)),
         }
     }
 
     pub(crate) async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno> {
         let served = self.writable()?;
-        served.disk.write(offset, data).await.map_err(|error| disk_errno(&error))
+        loop {
+            match served.disk.write(offset, data.clone()).await {
+                Err(error) if made_room(served, &error).await => {}
+                written => return written.map_err(|error| disk_errno(&error)),
+            }
+        }
     }
 
     /// Zeros a range; `None`: [`Self::zero`] must do the rest, which is returned.
@@ -213,21 +220,31 @@ impl OpenFile {
             Ok(Attempt::NeedsAsync { done }) => {
                 Ok(Some(ZeroRange { offset: range.offset + done, len: range.len - done, ..range }))
             }
+            Err(error) if is_full(&error) => Ok(Some(range)),
             Err(error) => Err(disk_errno(&error)),
         }
     }
 
     pub(crate) async fn zero(&self, range: ZeroRange) -> Result<(), Errno> {
-        let disk = &self.writable()?.disk;
-        let zeroed = disk.zero(range.offset, range.len, Zero::WriteZeroes).await;
-        zeroed.map_err(|error| disk_errno(&error))
+        let served = self.writable()?;
+        loop {
+            match served.disk.zero(range.offset, range.len, Zero::WriteZeroes).await {
+                Err(error) if made_room(served, &error).await => {}
+                zeroed => return zeroed.map_err(|error| disk_errno(&error)),
+            }
+        }
     }
 
     /// Blocks until what was written is durable.
     pub(crate) fn flush(&self) -> Result<(), Errno> {
         match self {
             Self::Image(_) => Ok(()),
-            Self::Disk(disk) => disk.disk.flush().map_err(|error| disk_errno(&error)),
+            Self::Disk(served) => loop {
+                match served.disk.flush() {
+                    Err(error) if is_full(&error) && served.make_room() => {}
+                    flushed => return flushed.map_err(|error| disk_errno(&error)),
+                }
+            },
         }
     }
 
@@ -252,7 +269,7 @@ impl OpenFile {
         match request {
             ioctl::Request::Commit { wait_ms: None } => match served.disk.try_commit() {
                 Ok(Some(committed)) => Ok(Some(commit_reply(&committed, SnapshotState::Pending))),
-                Ok(None) | Err(DiskError::NotCloned(_)) => Ok(None),
+                Ok(None) | Err(DiskError::NotCloned(_) | DiskError::NoSpace { .. }) => Ok(None),
                 Err(error) => Err(disk_errno(&error)),
             },
             ioctl::Request::Clone => {
@@ -270,7 +287,12 @@ impl OpenFile {
                 Ok(clone_reply(&image))
             }
             ioctl::Request::Commit { wait_ms } => {
-                let commit = served.disk.commit().await.map_err(|error| disk_errno(&error))?;
+                let commit = loop {
+                    match served.disk.commit().await {
+                        Err(error) if made_room(served, &error).await => {}
+                        made => break made.map_err(|error| disk_errno(&error))?,
+                    }
+                };
                 let state = match wait_ms {
                     None => SnapshotState::Pending,
                     Some(ms) => wait(served, commit.number, ms).await?,
@@ -289,6 +311,16 @@ pub(crate) enum TryWrite {
     Done(usize),
     /// `done` of `total` bytes are written; the rest has to wait for something.
     Later { done: usize, total: usize },
+}
+
+const fn is_full(error: &DiskError) -> bool {
+    matches!(error, DiskError::NoSpace { .. })
+}
+
+/// Whether it helps to try again what failed: the host was full, and the cache has given way.
+async fn made_room(served: &OpenDisk, error: &DiskError) -> bool {
+    let served = Arc::clone(served);
+    is_full(error) && tokio::task::spawn_blocking(move || served.make_room()).await.unwrap_or(false)
 }
 
 async fn wait(served: &OpenDisk, number: u64, wait_ms: u64) -> Result<SnapshotState, Errno> {

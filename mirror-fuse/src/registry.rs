@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 use blobcr_proto::DiskName;
 
 use crate::base::DiskBases;
+use crate::cache::ChunkCache;
 use crate::disk::Disk;
 use crate::inode;
 
@@ -20,6 +21,10 @@ pub(crate) struct Access {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
 }
+
+/// What the cache gives at a time to a disk that finds the host full: enough for a while, and little
+/// enough to be given at once.
+const ROOM_BYTES: u64 = 64 << 20;
 
 #[derive(Debug, Default)]
 struct Use {
@@ -34,6 +39,8 @@ pub(crate) struct Served {
     pub(crate) disk: Arc<Disk>,
     /// What lies below it.
     pub(crate) bases: Arc<DiskBases>,
+    /// Gives way when the host is full.
+    cache: Arc<ChunkCache>,
     pub(crate) ino: u64,
     access: Mutex<Access>,
     usage: Mutex<Use>,
@@ -51,7 +58,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Served {
-    pub(crate) fn new(disk: Arc<Disk>, bases: Arc<DiskBases>, access: Access) -> Arc<Self> {
+    pub(crate) fn new(
+        disk: Arc<Disk>,
+        bases: Arc<DiskBases>,
+        cache: Arc<ChunkCache>,
+        access: Access,
+    ) -> Arc<Self> {
         let created = Duration::from_millis(disk.spec().created_unix_ms);
         Arc::new(Self {
             ino: inode::of_disk(disk.name()),
@@ -60,7 +72,14 @@ impl Served {
             modified_unix_ns: AtomicU64::new(u64::try_from(created.as_nanos()).unwrap_or(0)),
             disk,
             bases,
+            cache,
         })
+    }
+
+    /// Asks the cache to give way, after the host was found full: whether it did, so that another
+    /// try may do better. Blocks.
+    pub(crate) fn make_room(&self) -> bool {
+        self.cache.give_back(ROOM_BYTES) > 0
     }
 
     pub(crate) fn access(&self) -> Access {

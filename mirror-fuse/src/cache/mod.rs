@@ -169,6 +169,15 @@ impl ChunkCache {
         before.saturating_sub(self.used_bytes.load(Ordering::Relaxed))
     }
 
+    /// Makes the cache smaller by `bytes`, or by all that it has: for somebody who found the file
+    /// system full. Returns how many bytes it gave back.
+    pub fn give_back(&self, bytes: u64) -> u64 {
+        let before = self.used_bytes.load(Ordering::Relaxed);
+        let given = || before.saturating_sub(self.used_bytes.load(Ordering::Relaxed));
+        while given() < bytes && self.shrink_largest() {}
+        given()
+    }
+
     /// What the cache holds and did.
     #[must_use]
     pub fn status(&self) -> CacheStatus {

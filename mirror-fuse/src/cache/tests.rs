@@ -187,6 +187,19 @@ fn without_space_nothing_is_cached_and_space_is_given_back() {
     assert_eq!(cache.status().refused, 1);
 }
 
+#[test]
+fn space_is_given_back_as_far_as_there_is_any() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = ChunkCache::open(dir.path(), limits(64 << 20)).unwrap();
+    for n in 0..10 {
+        let (id, bytes) = chunk(n, SMALL);
+        cache.insert(id, &bytes);
+    }
+    assert_eq!(cache.give_back(SMALL.bytes() + 1), 2 * SMALL.bytes());
+    assert_eq!(cache.give_back(u64::MAX), 8 * SMALL.bytes());
+    assert_eq!(cache.give_back(1), 0);
+}
+
 fn bytes_of(n: u64) -> Vec<u8> {
     content(n, SMALL)
 }

@@ -67,7 +67,7 @@ impl Host {
         let dir = self.disk_dir(name.as_str());
         let (bases, deps) = self.deps();
         let disk = spawn_blocking(move || Disk::create(&dir, spec, deps)).await??;
-        let served = Served::new(disk, bases, self.0.options.access());
+        let served = self.serve(disk, bases);
         place.serve(Arc::clone(&served));
         tracing::info!(disk = %name, image = image.name, snapshot = snapshot.number, "attached");
         Ok(self.describe(&served))

@@ -126,6 +126,10 @@ impl Host {
         (bases, DiskDeps { bases: opener, ..self.0.deps.clone() })
     }
 
+    fn serve(&self, disk: Arc<Disk>, bases: Arc<DiskBases>) -> Arc<Served> {
+        Served::new(disk, bases, Arc::clone(&self.0.cache), self.0.options.access())
+    }
+
     /// Takes over the disks of an earlier run: after a clean stop, a kill, or a crash of the host.
     async fn open_disks(&self) -> Result<(), HostError> {
         let dir = self.0.options.dir.join("disks");
@@ -151,7 +155,7 @@ impl Host {
         let (bases, deps) = self.deps();
         match Disk::open(&dir, deps) {
             Ok(disk) => match self.0.disks.reserve(name) {
-                Ok(place) => place.serve(Served::new(disk, bases, self.0.options.access())),
+                Ok(place) => place.serve(self.serve(disk, bases)),
                 Err(taken) => tracing::error!(%name, ?taken, "two disks of one name or number"),
             },
             Err(DiskError::Absent(_)) => {

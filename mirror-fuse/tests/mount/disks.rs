@@ -120,12 +120,11 @@ fn discards_and_zeros_read_as_zeros_and_are_holes() {
         model[offset as usize..end as usize].fill(0);
         assert_same(&path, &model);
     }
-    // Parts of sectors that are discarded are zeros or what was there, nothing else.
+    // Parts of sectors too: QEMU writes zeros with a punch when it may unmap.
     write(&file, &mut model, 3 * CHUNK, &[7; 4096]);
     fallocate(&file, punch, 3 * CHUNK + 10, 5).unwrap();
-    let mut part = [9; 5];
-    file.read_exact_at(&mut part, 3 * CHUNK + 10).unwrap();
-    assert!(part == [7; 5] || part == [0; 5], "{part:?}");
+    model[3 * CHUNK as usize + 10..][..5].fill(0);
+    assert_same(&path, &model);
 
     let seek = |to| rustix::fs::seek(&file, to);
     assert_eq!(seek(SeekFrom::Data(0)), Ok(CHUNK));

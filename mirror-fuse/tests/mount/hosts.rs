@@ -234,6 +234,22 @@ fn a_mount_in_use_is_left_all_the_same() {
 }
 
 #[test]
+fn a_mount_that_somebody_else_removed_is_noticed() {
+    let world = World::new();
+    world.image("vm", pattern(CHUNK));
+    let mirror = world.start();
+    mirror.attach("vm", "d");
+    let removed = Command::new("fusermount3").arg("-u").arg(&mirror.mount).status().unwrap();
+    assert!(removed.success());
+    let limit = std::time::Duration::from_secs(30);
+    let noticed = async { tokio::time::timeout(limit, mirror.host().unmounted()).await };
+    mirror.block_on(noticed).expect("the end of the mount is told");
+    mirror.stop();
+    let mirror = world.start();
+    assert!(fs::read(mirror.path("disks/d.raw")).unwrap() == pattern(CHUNK));
+}
+
+#[test]
 fn reads_that_wait_for_the_repository_end_when_the_mirror_stops() {
     let world = World::new();
     world.image("vm", pattern(2 * CHUNK));

@@ -4,11 +4,15 @@
 #[cfg(test)]
 mod disks;
 #[cfg(test)]
+mod full;
+#[cfg(test)]
 mod hosts;
 #[cfg(test)]
 mod images;
 #[cfg(test)]
 mod ioctls;
+#[cfg(test)]
+mod qemu;
 #[cfg(test)]
 mod stress;
 #[cfg(test)]

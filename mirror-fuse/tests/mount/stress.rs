@@ -88,14 +88,9 @@ impl<'a> Differ<'a> {
                 self.model[range].fill(0);
             }
             80..87 => {
-                // By whole sectors: of others, a discard may leave what it likes.
-                let start = offset.next_multiple_of(4096).min(SIZE);
-                let end = ((offset + len as u64) & !4095).max(start);
-                if end > start {
-                    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                    fallocate(&file, flags, start, end - start).unwrap();
-                    self.model[start as usize..end as usize].fill(0);
-                }
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(&file, flags, offset, len as u64).unwrap();
+                self.model[range].fill(0);
             }
             87..90 => file.sync_data().unwrap(),
             90..93 => self.check_holes(&file, offset),
