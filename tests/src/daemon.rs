@@ -26,7 +26,7 @@ pub fn blobcr() -> anyhow::Result<PathBuf> {
     // target/PROFILE/blobcr-demo, or target/PROFILE/deps/cli_image-0123456789abcdef
     let found = own.ancestors().skip(1).take(2).map(|dir| dir.join("blobcr")).find(|p| p.is_file());
     found.context(
-        "there is no blobcr beside the tests: `cargo build -p blobcr-cli` (`./do test` does)",
+        "there is no blobcr beside the tests: run them by `./do test`, or `cargo build -p blobcr-cli`",
     )
 }
 

@@ -141,14 +141,3 @@ fn doctor_checks_the_machine_and_says_how_to_mend_it() -> Result<()> {
     assert!(bad.stderr.contains("cannot run every role"), "{bad:?}");
     Ok(())
 }
-
-#[test]
-fn help_and_version_need_no_repository() -> Result<()> {
-    for args in [&["--help"][..], &["--version"], &["image", "--help"], &["up", "--help"]] {
-        let ran: Ran = Command::new(blobcr()?).args(args).output()?.into();
-        assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{args:?}");
-    }
-    let ran: Ran = Command::new(blobcr()?).arg("no-such-verb").output()?.into();
-    assert_eq!((ran.code, ran.stdout.as_str()), (2, ""));
-    Ok(())
-}

@@ -6,7 +6,8 @@ use std::time::Duration;
 use anyhow::Context;
 use blobcr_proto::{ChunkSize, ImageName, ImageSpec, v1};
 use blobcr_repository::{
-    CatalogError, LEASE_TTL, LeaseKeeper, NewImage, PersistLimits, Repository, SnapshotReader,
+    CatalogError, ImportError, LEASE_TTL, LeaseKeeper, NewImage, PersistLimits, Repository,
+    SnapshotReader,
 };
 use futures::{StreamExt, TryStreamExt, stream};
 
@@ -61,7 +62,9 @@ async fn import(repository: &Repository, args: &ImportArgs, output: Output) -> a
     let snapshot = match stored {
         Ok(snapshot) => snapshot,
         Err(failure) => {
-            remove_unborn(repository, &args.image).await;
+            if !is_taken(&failure) {
+                remove_unborn(repository, &args.image).await;
+            }
             return Err(failure);
         }
     };
@@ -99,6 +102,11 @@ async fn store(
     let imported = blobcr_repository::import(repository, lease, raw, image, limits, &told);
     let (_, snapshot) = progress.during(Box::pin(imported)).await?;
     Ok(snapshot)
+}
+
+/// Whether another import was quicker to take the name, which is then its own.
+fn is_taken(failure: &anyhow::Error) -> bool {
+    matches!(failure.downcast_ref(), Some(ImportError::Catalog(CatalogError::AlreadyExists(_))))
 }
 
 /// Takes back the name of an import that ended between its making and its first snapshot.
