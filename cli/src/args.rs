@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use blobcr_metadata::policy::{Policy, PolicyError};
 use blobcr_proto::name::parse_snapshot_number;
 use blobcr_proto::{DiskName, ImageName, ImageSpec, PoolName, VmName};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -242,7 +243,7 @@ pub enum PoolCommand {
     Create {
         pool: PoolName,
         /// `replica:N`: every chunk on N nodes
-        #[arg(long)]
+        #[arg(long, value_parser = supported_policy)]
         policy: String,
         /// off, lz4, zstd or adaptive
         #[arg(long, default_value = "adaptive")]
@@ -274,7 +275,7 @@ pub struct UpArgs {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub nodes: Option<u32>,
     /// Redundancy of the pool `default`, which the first start makes [default: replica:1]
-    #[arg(long, value_name = "POLICY")]
+    #[arg(long, value_name = "POLICY", value_parser = supported_policy)]
     pub pool: Option<String>,
     /// Where images and disks show [default: DIR/mnt]
     #[arg(long)]
@@ -318,7 +319,7 @@ pub struct MetadataArgs {
     #[arg(long, default_value = "sled", value_parser = ["sled"])]
     pub store: String,
     /// Redundancy of the pool `default`, which the first start makes [default: replica:1]
-    #[arg(long, value_name = "POLICY")]
+    #[arg(long, value_name = "POLICY", value_parser = supported_policy)]
     pub pool: Option<String>,
 }
 
@@ -382,6 +383,16 @@ fn parse_snapshot(text: &str) -> Result<ImageSpec, String> {
 
 fn parse_at_number(text: &str) -> Result<u64, String> {
     parse_snapshot_number(text.strip_prefix('@').unwrap_or(text)).map_err(|e| e.to_string())
+}
+
+/// A policy that this version can serve: pools are for ever, so an unusable one is never made.
+fn supported_policy(text: &str) -> Result<String, String> {
+    match text.parse().map_err(|e: PolicyError| e.to_string())? {
+        Policy::Replica(_) => Ok(text.to_owned()),
+        Policy::Erasure { .. } => {
+            Err(format!("{text}: this version has no erasure coding yet; write replica:N"))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -451,6 +462,18 @@ mod tests {
                 format!("vm add {name} --disk d"),
                 format!("image import f {name}"),
             ] {
+                let error = parse(&line).expect_err(&line);
+                assert_eq!(error.exit_code(), 2, "{line}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn policies_that_cannot_be_served_are_usage_errors() {
+        for policy in ["ec:4+2", "replica:0", "raid:1"] {
+            for line in
+                [format!("pool create p --policy {policy}"), format!("up --dir d --pool {policy}")]
+            {
                 let error = parse(&line).expect_err(&line);
                 assert_eq!(error.exit_code(), 2, "{line}: {error}");
             }

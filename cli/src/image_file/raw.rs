@@ -83,7 +83,7 @@ impl RawFile {
     async fn blocking<T: Send + 'static>(
         &self,
         chunk: u64,
-        work: impl FnOnce(&Opened) -> anyhow::Result<T> + Send + 'static,
+        work: impl FnOnce(&Opened) -> Result<T, Cause> + Send + 'static,
     ) -> Result<T, SourceError> {
         let opened = Arc::clone(&self.opened);
         match tokio::task::spawn_blocking(move || work(&opened)).await {
@@ -93,8 +93,12 @@ impl RawFile {
     }
 }
 
+/// Why a chunk could not be read. Not an `anyhow::Error`: that would hide the exit code of what it
+/// holds once it is the source of another error.
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
 impl Opened {
-    fn chunk(&self, start: u64, chunk_size: ChunkSize) -> anyhow::Result<Bytes> {
+    fn chunk(&self, start: u64, chunk_size: ChunkSize) -> Result<Bytes, Cause> {
         let wanted = self.size_bytes.saturating_sub(start).min(chunk_size.bytes()) as usize;
         let mut chunk = vec![0; chunk_size.len()];
         let read = self.file.read_exact_at(&mut chunk[..wanted], start);
@@ -106,7 +110,7 @@ impl Opened {
         }
     }
 
-    fn check_unchanged(&self) -> anyhow::Result<()> {
+    fn check_unchanged(&self) -> Result<(), Cause> {
         match self.stamp {
             Some(before) if Stamp::of(&self.file.metadata()?) != before => Err(changed().into()),
             _ => Ok(()),

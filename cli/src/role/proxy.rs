@@ -23,7 +23,9 @@ pub async fn run(args: ProxyArgs, output: Output) -> anyhow::Result<()> {
     let interrupts = Interrupts::listen()?;
     let mirror = checked_address(&args.mirror)?;
     let (listener, address) = bind(&args.listen).await?;
-    let proxy = Proxy::start(ProxyOptions::new(&args.sockets, &mirror))?;
+    // What `vm add` prints must be right in any directory.
+    let sockets = std::path::absolute(&args.sockets)?;
+    let proxy = Proxy::start(ProxyOptions::new(sockets, &mirror))?;
     let directory = Described::new("proxy").with_mirror(&mirror);
     let router = server_builder().add_service(proxy.service()).add_service(directory.service());
     let served = Served::start(router, listener);
