@@ -352,7 +352,6 @@ impl Trial {
         let Some(image) = self.image.clone() else { return Ok(()) };
         let mut states = BTreeMap::new();
         wait_until("no snapshot is pending", || {
-            // In this order: what is no longer pending has been announced.
             let disk = self.cluster.json(&["disk", "info", "d"])?;
             let none = disk["pending"].as_array().is_some_and(Vec::is_empty);
             let list = self.cluster.json(&["snapshot", "list", &image])?;
@@ -363,12 +362,16 @@ impl Trial {
                     Some((one["snapshot"].as_u64()?, one["state"].as_str()?.to_owned()))
                 })
                 .collect();
-            Ok(none && states.values().all(|state| state != "pending"))
+            // One that failed is announced after it is no longer pending.
+            let announced = self.snapshots.keys().all(|number| states.contains_key(number));
+            Ok(none && announced && states.values().all(|state| state != "pending"))
+        })
+        .with_context(|| {
+            let lost = self.snapshots.keys().filter(|number| !states.contains_key(number));
+            format!("accepted and not listed: {:?}; listed: {states:?}", lost.collect::<Vec<_>>())
         })?;
         // The first is the CLONE: what was attached.
         states.remove(&1);
-        let lost: Vec<_> = self.snapshots.keys().filter(|n| !states.contains_key(*n)).collect();
-        ensure!(lost.is_empty(), "snapshots {lost:?} of {image} were accepted and are not listed");
         self.stable.clear();
         for (number, state) in states {
             if state != "stable" {
