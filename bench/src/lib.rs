@@ -1,11 +1,9 @@
-//! What the benchmarks share: the ioctls as a C program would call
-//! them, and figures.
+//! What the benchmarks share.
 //!
 //! Every benchmark is a binary in `src/bin/` that runs us and, where there is one, the alternative
 //! in the same run, and prints the ratio: the machines are shared, so an absolute time means
 //! little. None of them passes or fails.
 
-pub mod disk_file;
 pub mod latency;
 pub mod qcow2;
 pub mod vm_channel;

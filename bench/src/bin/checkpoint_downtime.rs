@@ -5,13 +5,15 @@
 //! `cargo build --release -p blobcr-cli -p blobcr-bench && target/release/checkpoint_downtime`
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::time::Instant;
 
-use blobcr_bench::disk_file::DiskFile;
 use blobcr_bench::latency::{Latencies, Summary};
 use blobcr_bench::qcow2::Qcow2;
 use blobcr_bench::vm_channel::VmChannel;
 use blobcr_tests::cluster::Cluster;
+use blobcr_tests::mounted::MountedDisk;
 use clap::Parser;
 use rand::RngCore;
 use serde::Serialize;
@@ -83,19 +85,21 @@ fn measure(cluster: &Cluster, options: &Options, mib: u64) -> anyhow::Result<Row
     File::create(&raw)?.set_len((mib + 1) * MIB)?;
     cluster.import(&raw, &name)?;
     let path = cluster.attach(&name, &name)?;
-    let disk = DiskFile::open(&path)?;
+    let disk = MountedDisk::open(&path, false)?;
     let mut channel = VmChannel::add(cluster, &format!("vm-{mib}"), &name)?;
     let mut contents = Contents::new();
     // The first CHECKPOINT also makes the checkpoint image: that is not what is measured here.
-    disk.commit(true)?;
+    disk.commit_stable()?;
     let (mut ioctl, mut call) = (Latencies::new()?, Latencies::new()?);
     for _ in 0..options.samples {
-        contents.dirty(mib, |offset, data| disk.write(offset, data))?;
-        ioctl.record(disk.commit(false)?.call);
-        disk.commit(true)?;
-        contents.dirty(mib, |offset, data| disk.write(offset, data))?;
+        contents.dirty(mib, |offset, data| Ok(disk.file().write_all_at(data, offset)?))?;
+        let began = Instant::now();
+        disk.commit()?;
+        ioctl.record(began.elapsed());
+        disk.commit_stable()?;
+        contents.dirty(mib, |offset, data| Ok(disk.file().write_all_at(data, offset)?))?;
         call.record(channel.checkpoint()?);
-        disk.commit(true)?;
+        disk.commit_stable()?;
     }
     drop(disk);
     let qcow2_external = match options.qcow2_samples {
