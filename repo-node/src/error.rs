@@ -43,7 +43,7 @@ pub enum StoreError {
     /// No room. Reads, deletes and what is already held go on; writes will when there is room.
     #[error(
         "the disk is full: {free} bytes are free and {reserve} are kept for deletes and \
-         compaction; delete snapshots and collect, or add space or nodes"
+         compaction; add space to this node's file system"
     )]
     Full {
         /// Free bytes of the file system.

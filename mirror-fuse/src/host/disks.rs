@@ -133,7 +133,7 @@ impl Host {
             return Err(HostError::Precondition(format!(
                 "disk {name} has changes that are in no stable snapshot ({} bytes since the last \
                  checkpoint, {} snapshots being persisted); checkpoint it with --wait first, or \
-                 throw them away with --discard",
+                 throw them away with --discard-changes",
                 status.dirty_bytes,
                 status.pending.len()
             )));
@@ -157,7 +157,7 @@ impl Host {
         if !discard_changes {
             return Err(HostError::Precondition(format!(
                 "disk {name} could not be opened ({why}), so nobody knows what it holds; mend its \
-                 files and restart the mirror, or throw it away with --discard"
+                 files and restart the mirror, or throw it away with --discard-changes"
             )));
         }
         let dir = self.disk_dir(name);

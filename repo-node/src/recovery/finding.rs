@@ -100,24 +100,24 @@ impl fmt::Display for Finding {
             ),
             Self::UnreadableBytes { segment, offset, len } => write!(
                 f,
-                "{segment}: {len} bytes at {offset} are damaged and the records in them lost; run \
-                 `blobcr scrub` to restore them from other nodes, and check the disk"
+                "{segment}: {len} bytes at {offset} are damaged and the records in them lost; \
+                 `blobcr snapshot verify` tells which snapshots need them; check the disk"
             ),
             Self::DamagedRecord { segment, offset, id } => write!(
                 f,
-                "{segment}: record {id} at {offset} is damaged; run `blobcr scrub` to restore it \
-                 from other nodes, and check the disk"
+                "{segment}: record {id} at {offset} is damaged; `blobcr snapshot verify` tells \
+                 which snapshots need it; check the disk"
             ),
             Self::TruncatedSegment { segment, missing_bytes, missing_records } => write!(
                 f,
                 "{segment}: its last {missing_bytes} bytes with {missing_records} records are \
-                 missing; run `blobcr scrub` to restore them from other nodes, and check the disk"
+                 missing; `blobcr snapshot verify` tells which snapshots need them; check the disk"
             ),
             Self::MissingSegment { segment, missing_records } => write!(
                 f,
                 "{segment} with {missing_records} records is missing; put the file back and \
-                 restart, or run `blobcr scrub` to restore them from other nodes and then remove \
-                 its listing (.idx)"
+                 restart, or remove its listing (.idx) to go on without them; `blobcr snapshot \
+                 verify` tells which snapshots need them"
             ),
             Self::DamagedListing { listing, detail } => write!(
                 f,
