@@ -218,7 +218,7 @@ impl OpenFile {
         match served.disk.try_zero(range.offset, range.len, Zero::WriteZeroes) {
             Ok(Attempt::Done) => Ok(None),
             Ok(Attempt::NeedsAsync { done }) => {
-                Ok(Some(ZeroRange { offset: range.offset + done, len: range.len - done, ..range }))
+                Ok(Some(ZeroRange { offset: range.offset + done, len: range.len - done }))
             }
             Err(error) if is_full(&error) => Ok(Some(range)),
             Err(error) => Err(disk_errno(&error)),

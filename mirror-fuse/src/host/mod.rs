@@ -41,6 +41,8 @@ pub struct Host(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    /// First, so that it is dropped first.
+    mounted: Mutex<Option<Mounted>>,
     options: HostOptions,
     /// Without symbolic links.
     mount_point: PathBuf,
@@ -50,7 +52,6 @@ struct Inner {
     snapshots: Arc<Snapshots>,
     deps: DiskDeps,
     disks: Arc<Disks>,
-    mounted: Mutex<Option<Mounted>>,
     stopping: watch::Sender<bool>,
     directory: Directory,
 }
@@ -70,7 +71,12 @@ impl Host {
         let host = spawn_blocking(move || Self::open(options, repository)).await??;
         host.open_disks().await?;
         let serving = host.clone();
-        spawn_blocking(move || serving.mount()).await??;
+        if let Err(error) = spawn_blocking(move || serving.mount()).await? {
+            if let Err(error) = host.stop().await {
+                tracing::warn!(%error, "not all of a mirror that could not be mounted was stopped");
+            }
+            return Err(error);
+        }
         tokio::spawn(make_room(Arc::clone(&host.0.cache), host.0.stopping.subscribe()));
         Ok(host)
     }
