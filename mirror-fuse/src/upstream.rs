@@ -7,6 +7,8 @@
 //! instead of being missing from it.
 
 mod recorder;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,7 +16,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blobcr_proto::v1::{self, SnapshotState};
-use blobcr_repository::tree::{Geometry, Root};
+use blobcr_repository::tree::{Geometry, NodeSource, Root};
 use blobcr_repository::{
     CatalogError, ChunkSource, LeaseKeeper, ObjectStore, PersistJob, PersistLimits, Progress,
     Repository, SourceError, persist,
@@ -93,7 +95,8 @@ impl Lease {
 
     async fn soon(&self) -> Result<v1::Lease, UpstreamError> {
         match timeout(LEASE_WAIT, self.current()).await {
-            Ok(lease) => lease.map_err(error),
+            // A refusal says nothing about the snapshot, and the keeper asks again.
+            Ok(lease) => lease.map_err(|error| UpstreamError::Unavailable(error.to_string())),
             Err(_) => Err(UpstreamError::Unavailable("there is no lease yet".into())),
         }
     }
@@ -210,13 +213,7 @@ impl RepositoryUpstream {
         }
     }
 
-    async fn lives(&self, lease: &v1::Lease) -> bool {
-        let renewed =
-            self.repository.catalog().renew_lease(v1::RenewLeaseRequest { lease_id: lease.id });
-        !matches!(renewed.await, Err(CatalogError::Precondition(_) | CatalogError::NotFound(_)))
-    }
-
-    async fn report_failure(&self, key: &SnapshotKey, reason: &str) -> Result<(), UpstreamError> {
+    async fn record_failure(&self, key: &SnapshotKey, reason: &str) -> Result<(), UpstreamError> {
         let catalog = self.repository.catalog();
         let request = || v1::FailSnapshotRequest {
             image_id: key.image_id,
@@ -234,7 +231,20 @@ impl RepositoryUpstream {
             }
             done => done,
         };
-        failed.map(|_| ()).map_err(error)
+        failed.map_err(error).map(|_| ())
+    }
+
+    async fn lives(&self, lease: &v1::Lease) -> bool {
+        let renewed =
+            self.repository.catalog().renew_lease(v1::RenewLeaseRequest { lease_id: lease.id });
+        !matches!(renewed.await, Err(CatalogError::Precondition(_) | CatalogError::NotFound(_)))
+    }
+
+    async fn try_pool(
+        &self,
+        id: u32,
+    ) -> Result<(Arc<dyn ObjectStore>, Arc<dyn NodeSource>), CatalogError> {
+        Ok((self.repository.pool(id).await?, self.repository.nodes(id).await?))
     }
 
     /// Opens the pool; waits for the repository.
@@ -242,9 +252,9 @@ impl RepositoryUpstream {
         &self,
         id: u32,
         stalled: &(dyn Fn(Option<String>) + Send + Sync),
-    ) -> Result<Arc<dyn ObjectStore>, UpstreamError> {
+    ) -> Result<(Arc<dyn ObjectStore>, Arc<dyn NodeSource>), UpstreamError> {
         loop {
-            match self.repository.pool(id).await.map_err(error) {
+            match self.try_pool(id).await.map_err(error) {
                 Err(error) if error.is_transient() => stalled(Some(error.to_string())),
                 done => return done,
             }
@@ -316,8 +326,7 @@ impl Upstream for RepositoryUpstream {
         let geometry =
             Geometry::new(work.size_bytes, base.geometry.chunk_size, base.geometry.fan_out)
                 .map_err(refused)?;
-        let pool = self.pool(work.pool, work.stalled).await?;
-        let nodes = self.repository.nodes(work.pool).await.map_err(error)?;
+        let (pool, nodes) = self.pool(work.pool, work.stalled).await?;
         let job = self.job(key);
         let recorder = Arc::new(Recorder::new(pool, Arc::clone(&job.lease)));
         *lock(&job.recorder) = Some(Arc::clone(&recorder));
@@ -363,21 +372,27 @@ impl Upstream for RepositoryUpstream {
             }
             Err(refusal @ CatalogError::Precondition(_)) => {
                 let found = self.snapshot(key.image_id, key.number).await?;
-                if found.state() == SnapshotState::Pending && !self.lives(&lease).await {
-                    job.lease.lost(lease.id);
-                    return Err(UpstreamError::Unavailable(refusal.to_string()));
+                if found.state() != SnapshotState::Pending {
+                    return Err(refused(settled(&found)));
                 }
-                Err(error(refusal))
+                if self.lives(&lease).await {
+                    return Err(error(refusal));
+                }
+                job.lease.lost(lease.id);
+                Err(UpstreamError::Unavailable(refusal.to_string()))
             }
             Err(other) => Err(error(other)),
         }
     }
 
     async fn fail(&self, key: &SnapshotKey, reason: &str) -> Result<(), UpstreamError> {
-        let failed = self.report_failure(key, reason).await;
-        if !failed.as_ref().is_err_and(UpstreamError::is_transient) {
-            // Also when it is refused (the image is gone, say): nobody will ask again, and a lease
-            // that is kept holds back the collector.
+        // Nothing more is stored for it. If the repository cannot be told, the lease runs out, and
+        // the service draws the conclusion by itself.
+        if let Some(job) = lock(&self.jobs).get(key) {
+            job.lease.abandon();
+        }
+        let failed = self.record_failure(key, reason).await;
+        if !matches!(&failed, Err(error) if error.is_transient()) {
             self.end(key);
         }
         failed
@@ -405,22 +420,5 @@ impl Upstream for RepositoryUpstream {
                 _ => return Ok(pending),
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use blobcr_repository::testing::memory_repository;
-
-    #[tokio::test]
-    async fn a_snapshot_that_cannot_even_fail_leaves_no_lease_behind() {
-        let (repository, ..) = memory_repository();
-        let upstream = RepositoryUpstream::new(repository, PersistLimits::default());
-        // Its image was removed by somebody.
-        let key = SnapshotKey { image_id: 77, number: 2, writer: "host".into() };
-        assert!(matches!(upstream.begin(&key).await, Err(UpstreamError::NotFound(_))));
-        assert!(matches!(upstream.fail(&key, "why").await, Err(UpstreamError::NotFound(_))));
-        assert!(lock(&upstream.jobs).is_empty(), "its lease would be renewed for ever");
     }
 }

@@ -34,7 +34,10 @@ pub(super) struct Content {
 
 #[derive(Debug)]
 enum Packed {
-    Memory { bytes: Bytes, _share: Share },
+    Memory {
+        bytes: Bytes,
+        _share: Share,
+    },
     Spilled(Slot),
     /// For a reader that keeps it for a moment only.
     Borrowed(Bytes),
@@ -64,12 +67,7 @@ pub(super) fn present_runs(map: &Map, shape: Shape, chunk: u64) -> Vec<Sectors> 
     runs
 }
 
-fn pack(
-    delta: &Delta,
-    start: u64,
-    present: &[Sectors],
-    out: &mut [u8],
-) -> Result<(), DiskError> {
+fn pack(delta: &Delta, start: u64, present: &[Sectors], out: &mut [u8]) -> Result<(), DiskError> {
     let mut at = 0;
     for run in present {
         let to = &mut out[at..at + run.bytes()];

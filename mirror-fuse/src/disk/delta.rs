@@ -21,11 +21,7 @@ pub(super) struct Delta {
 }
 
 impl Delta {
-    pub(super) fn create(
-        files: &Arc<Files>,
-        path: &Path,
-        shape: Shape,
-    ) -> Result<Self, DiskError> {
+    pub(super) fn create(files: &Arc<Files>, path: &Path, shape: Shape) -> Result<Self, DiskError> {
         let file = files.create(Which::Delta, path)?;
         files.set_len(Which::Delta, &file, shape.delta_len())?;
         Self::advised(files, file)

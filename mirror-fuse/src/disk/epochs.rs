@@ -26,7 +26,7 @@
 //! was not acknowledged at that time.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blobcr_proto::v1::TreeRoot;
 
@@ -45,6 +45,9 @@ pub(super) struct List {
     len: u64,
 }
 
+/// The lists that make up what a snapshot holds: more than one when a snapshot before it failed.
+type Lists = Vec<Arc<List>>;
+
 impl List {
     pub(super) fn push(&mut self, chunk: u64) {
         match self.segments.last_mut() {
@@ -57,21 +60,19 @@ impl List {
         }
         self.len += 1;
     }
+}
 
-    fn append(&mut self, other: &mut Self) {
-        // The full segments go first, so that the last one can still be filled.
-        other.segments.append(&mut self.segments);
-        self.segments = std::mem::take(&mut other.segments);
-        self.len += std::mem::take(&mut other.len);
-    }
+/// The chunks of several lists: sorted, each once.
+fn sorted(lists: &[Arc<List>]) -> Vec<u64> {
+    let segments = lists.iter().flat_map(|list| &list.segments);
+    let mut chunks: Vec<u64> = segments.flatten().copied().collect();
+    chunks.sort_unstable();
+    chunks.dedup();
+    chunks
+}
 
-    /// The chunks: sorted, each once.
-    fn sorted(&self) -> Vec<u64> {
-        let mut chunks = self.segments.concat();
-        chunks.sort_unstable();
-        chunks.dedup();
-        chunks
-    }
+fn listed(lists: &[Arc<List>]) -> u64 {
+    lists.iter().map(|list| list.len).sum()
 }
 
 /// The epochs of one generation of a disk.
@@ -86,8 +87,10 @@ pub(super) struct Epochs {
 struct State {
     facts: Facts,
     dirty: List,
+    /// Lists of snapshots that failed: dirty too.
+    returned: Lists,
     /// The chunks of each pending snapshot.
-    lists: Vec<List>,
+    pending: Vec<Lists>,
 }
 
 /// To what a chunk's content belongs.
@@ -123,7 +126,8 @@ impl Epochs {
     pub(super) fn new(facts: Facts, dirty: List, lists: Vec<List>) -> Self {
         assert_eq!(facts.pending.len(), lists.len(), "a list for each pending snapshot");
         let first = AtomicU64::new(facts.first);
-        Self { first, state: Mutex::new(State { facts, dirty, lists }) }
+        let pending = lists.into_iter().map(|list| vec![Arc::new(list)]).collect();
+        Self { first, state: Mutex::new(State { facts, dirty, returned: Vec::new(), pending }) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -179,7 +183,7 @@ impl Epochs {
         if number >= reserved_until {
             return Err(NoCut::NoNumber);
         }
-        let cut = Cut { number, listed: state.dirty.len };
+        let cut = Cut { number, listed: state.dirty.len + listed(&state.returned) };
         let (first, last) = (state.facts.first, state.facts.epoch);
         state.facts.pending.push(Pending { number, first, last });
         state.facts.epoch = last + 1;
@@ -189,8 +193,10 @@ impl Epochs {
             state.facts.answer = Some(answer);
         }
         state.write(map);
-        let dirty = std::mem::take(&mut state.dirty);
-        state.lists.push(dirty);
+        let dirty = Arc::new(std::mem::take(&mut state.dirty));
+        let mut lists = std::mem::take(&mut state.returned);
+        lists.push(dirty);
+        state.pending.push(lists);
         self.first.store(last + 1, Ordering::Release);
         Ok(cut)
     }
@@ -217,45 +223,42 @@ impl Epochs {
 
     /// Entries on the dirty list.
     pub(super) fn listed(&self) -> u64 {
-        self.lock().dirty.len
+        let state = self.lock();
+        state.dirty.len + listed(&state.returned)
     }
 
-    /// Takes the chunks of the oldest pending snapshot: sorted, each once.
-    pub(super) fn take_chunks(&self) -> Vec<u64> {
-        let list = self.lock().lists.first_mut().map(std::mem::take);
-        list.unwrap_or_default().sorted()
+    /// The chunks of the oldest pending snapshot: sorted, each once.
+    pub(super) fn chunks(&self) -> Vec<u64> {
+        // Only pointers are copied under the mutex.
+        let lists = self.lock().pending.first().cloned();
+        sorted(&lists.unwrap_or_default())
     }
 
     /// The oldest pending snapshot is stable.
     pub(super) fn stable(&self, map: &Map, root: TreeRoot) {
-        let (done, list) = {
-            let mut state = self.lock();
-            let done = state.facts.pending.remove(0);
-            state.facts.last_stable = done.number;
-            state.facts.stable_root = Some(root);
-            state.write(map);
-            (done, state.lists.remove(0))
-        };
-        tracing::debug!(number = done.number, "snapshot is stable");
+        let mut state = self.lock();
+        let done = state.facts.pending.remove(0);
+        state.facts.last_stable = done.number;
+        state.facts.stable_root = Some(root);
+        state.write(map);
+        let lists = state.pending.remove(0);
+        drop(state);
         // What may be a long list is freed without the mutex.
-        drop(list);
+        drop(lists);
     }
 
-    /// The oldest pending snapshot failed: its changes, which include `chunks`, become part of the
-    /// next one, whether that is pending already or not yet made.
-    pub(super) fn failed(&self, map: &Map, chunks: &[u64]) {
-        let mut taken = List::default();
-        chunks.iter().for_each(|chunk| taken.push(*chunk));
+    /// The oldest pending snapshot failed: its changes become part of the next one, whether that is
+    /// pending already or not yet made.
+    pub(super) fn failed(&self, map: &Map) {
         let mut state = self.lock();
         let failed = state.facts.pending.remove(0);
-        let mut list = state.lists.remove(0);
-        list.append(&mut taken);
+        let lists = state.pending.remove(0);
         if let Some(next) = state.facts.pending.first_mut() {
             next.first = failed.first;
-            state.lists[0].append(&mut list);
+            state.pending[0].extend(lists);
         } else {
             state.facts.first = failed.first;
-            state.dirty.append(&mut list);
+            state.returned.extend(lists);
         }
         state.write(map);
         self.first.store(state.facts.first, Ordering::Release);
@@ -281,11 +284,8 @@ mod tests {
             list.push(chunk * 7 % 20_000);
             other.push(19_000 + chunk % 3000);
         }
-        list.append(&mut other);
-        list.push(5);
-        assert_eq!(list.len, 40_001);
-        assert_eq!(list.sorted(), (0..22_000).collect::<Vec<_>>());
-        assert_eq!(other.len, 0);
-        assert!(other.sorted().is_empty());
+        let lists = [Arc::new(list), Arc::new(other), Arc::default()];
+        assert_eq!(listed(&lists), 40_000);
+        assert_eq!(sorted(&lists), (0..22_000).collect::<Vec<_>>());
     }
 }

@@ -14,7 +14,10 @@ pub enum BaseError {
         reason: String,
     },
     /// The repository has lost or damaged the bytes, or refuses to give them.
-    #[error("chunk {chunk} of the attached snapshot is lost: {reason}; repair the repository")]
+    #[error(
+        "chunk {chunk} of the attached snapshot is lost: {reason}; bring its node back, or restore \
+         the node's files"
+    )]
     Lost {
         /// Index of the chunk.
         chunk: u64,

@@ -146,12 +146,7 @@ impl Files {
     }
 
     /// Writes a small file so that it is there whole or not at all, whatever happens.
-    pub(super) fn replace(
-        &self,
-        which: Which,
-        path: &Path,
-        bytes: &[u8],
-    ) -> Result<(), DiskError> {
+    pub(super) fn replace(&self, which: Which, path: &Path, bytes: &[u8]) -> Result<(), DiskError> {
         let temporary = path.with_extension("tmp");
         let file = self.create(which, &temporary)?;
         self.write_all_at(which, &file, bytes, 0)?;

@@ -27,6 +27,8 @@ pub(super) struct Flusher {
     /// The journal may lack chunks that are in no list of changes: the next round writes it anew.
     incomplete: AtomicBool,
     journal: Mutex<Journal>,
+    /// The generation was rolled back: its files are about to go.
+    retired: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -59,6 +61,7 @@ impl Flusher {
             touched: AtomicBool::new(false),
             incomplete: AtomicBool::new(false),
             journal: Mutex::new(journal),
+            retired: AtomicBool::new(false),
         }
     }
 
@@ -147,27 +150,42 @@ impl Generation {
 
     fn make_durable(&self, changed: &[u64]) -> Result<(), DiskError> {
         let mut journal = lock(&self.flusher.journal);
+        if self.flusher.retired.load(Ordering::Acquire) {
+            // What was written here was thrown away, by whoever asked for the rollback.
+            return Ok(());
+        }
         let incomplete = self.flusher.incomplete.load(Ordering::Acquire);
         if incomplete || journal.wants_rewrite() {
             let mut all = Vec::new();
             self.map.scan(|chunk, _| all.push(chunk))?;
             let entries = self.entries(&all);
             self.delta.sync()?;
-            journal.rewrite(entries.into_iter())?;
-            self.flusher.incomplete.store(false, Ordering::Release);
-            return Ok(());
+            match journal.rewrite(entries.into_iter()) {
+                // There is no room for a second journal: the first one will do a while longer.
+                Err(DiskError::NoSpace { .. }) if !incomplete => {}
+                Err(error) => return Err(error),
+                Ok(()) => {
+                    self.flusher.incomplete.store(false, Ordering::Release);
+                    return Ok(());
+                }
+            }
         }
         let entries = self.entries(changed);
         self.delta.sync()?;
         journal.append(entries.into_iter())
     }
 
+    /// The generation's files are about to be deleted: waits for a flush that uses them, and keeps
+    /// others from it.
+    pub(super) fn retire(&self) {
+        self.flusher.retired.store(true, Ordering::Release);
+        drop(lock(&self.flusher.journal));
+    }
+
     /// The presence bits as they are now: to be read before the delta is synced.
     fn entries(&self, chunks: &[u64]) -> Vec<Entry> {
-        let entry = |chunk: &u64| Entry {
-            chunk: *chunk,
-            presence: self.map.presence(*chunk).collect(),
-        };
+        let entry =
+            |chunk: &u64| Entry { chunk: *chunk, presence: self.map.presence(*chunk).collect() };
         chunks.iter().map(entry).filter(|entry| entry.presence.iter().any(|w| *w != 0)).collect()
     }
 }

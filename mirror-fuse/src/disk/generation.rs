@@ -1,9 +1,10 @@
 //! One generation of a disk: the guest's bytes since the attach or the last rollback. A rollback
 //! starts the next one, and this one is deleted.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::aside::Copier;
 use super::base_view::BaseView;
@@ -33,6 +34,8 @@ pub(super) struct Common {
     pub(super) spill: Arc<Spill>,
     /// Set once the disk is stopped: nothing changes after that.
     pub(super) stopped: Arc<AtomicBool>,
+    /// Held by blocking calls that change files and that nobody may wait for any more.
+    busy: Arc<Mutex<()>>,
 }
 
 /// An open generation.
@@ -73,6 +76,11 @@ pub(super) fn generation_dir(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("gen-{number}"))
 }
 
+/// Makes a directory that nobody else may look into: a guest's bytes are its own.
+pub(super) fn private_directory(path: &Path) -> std::io::Result<()> {
+    std::fs::DirBuilder::new().mode(0o700).create(path)
+}
+
 pub(super) const DELTA: &str = "delta";
 pub(super) const MAP: &str = "map";
 pub(super) const JOURNAL: &str = "journal";
@@ -88,8 +96,16 @@ impl Common {
         let shape = Shape::of(spec)?;
         let spill = dir.join("spill");
         let spill = Spill::new(&files, spill, shape.chunk_size.bytes(), &deps.budgets)?;
-        let stopped = Arc::default();
-        Ok(Self { dir: dir.to_owned(), uid: spec.uid, shape, files, deps, spill, stopped })
+        Ok(Self {
+            dir: dir.to_owned(),
+            uid: spec.uid,
+            shape,
+            files,
+            deps,
+            spill,
+            stopped: Arc::default(),
+            busy: Arc::default(),
+        })
     }
 
     pub(super) fn identity(&self, generation: u64) -> Identity {
@@ -102,10 +118,11 @@ impl Common {
     }
 
     pub(super) fn open_base(&self, source: &Source) -> Result<BaseView, DiskError> {
-        let base = self.deps.bases.open(source).map_err(|source| DiskError::Base {
-            disk: self.files.disk().to_owned(),
-            source,
-        })?;
+        let base = self
+            .deps
+            .bases
+            .open(source)
+            .map_err(|source| DiskError::Base { disk: self.files.disk().to_owned(), source })?;
         Ok(BaseView::new(base, self.shape))
     }
 
@@ -117,7 +134,7 @@ impl Common {
             // Left by a rollback that was interrupted before it counted.
             std::fs::remove_dir_all(&dir).map_err(failed("remove"))?;
         }
-        std::fs::create_dir(&dir).map_err(failed("create"))?;
+        private_directory(&dir).map_err(failed("create"))?;
         let identity = self.identity(number);
         let delta = Delta::create(&self.files, &dir.join(DELTA), self.shape)?;
         let map = Map::create(&self.files, &dir.join(MAP), self.shape, &identity)?;
@@ -142,6 +159,12 @@ impl Common {
             }
         }
         Ok(())
+    }
+
+    /// For a blocking call that changes files while its caller may be gone. It must look whether
+    /// the disk is stopped after that.
+    pub(super) fn busy(&self) -> MutexGuard<'_, ()> {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs what blocks on the disk where it holds up nobody.

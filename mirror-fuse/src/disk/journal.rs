@@ -15,8 +15,8 @@
 //! *or* and their order does not matter. A flush writes the delta's fdatasync **before** the batch,
 //! so an entry that can be read is about bytes that are durable.
 //!
-//! A batch that does not check ends the journal if nothing whole follows it: it was never
-//! acknowledged. If something does follow, the journal is damaged in the middle and the disk is
+//! A batch is written only when all before it are durable. So one that does not check ends the
+//! journal if nothing whole follows it: it was never acknowledged. If something does follow, the journal is damaged in the middle and the disk is
 //! refused, for acknowledged writes would be missing.
 
 use std::fs::File;
@@ -173,7 +173,11 @@ impl Journal {
             return Err(damaged(detail));
         }
         let end = (at as u64).max(HEAD_BYTES);
-        files.set_len(Which::Journal, &file, end)?;
+        if end != bytes.len() as u64 {
+            // Durably: what was cut off must not come back behind what is appended next.
+            files.set_len(Which::Journal, &file, end)?;
+            files.sync_data(Which::Journal, &file)?;
+        }
         Ok(Self {
             files: Arc::clone(files),
             path: path.to_owned(),
@@ -193,10 +197,7 @@ impl Journal {
 
     /// Appends entries and makes them durable. When that fails for want of space, the call can be
     /// repeated: what was written of the entries until then does no harm.
-    pub(super) fn append(
-        &mut self,
-        entries: impl Iterator<Item = Entry>,
-    ) -> Result<(), DiskError> {
+    pub(super) fn append(&mut self, entries: impl Iterator<Item = Entry>) -> Result<(), DiskError> {
         let mut entries = entries.peekable();
         while entries.peek().is_some() {
             let (next, end) = (self.next, self.end);
@@ -213,10 +214,7 @@ impl Journal {
         Ok(())
     }
 
-    fn write_batch(
-        &mut self,
-        entries: &mut impl Iterator<Item = Entry>,
-    ) -> Result<(), DiskError> {
+    fn write_batch(&mut self, entries: &mut impl Iterator<Item = Entry>) -> Result<(), DiskError> {
         let batch: Vec<_> = entries.take(BATCH_ENTRIES_MAX).collect();
         debug_assert!(batch.iter().all(|entry| entry.presence.len() == self.words));
         let bytes = encode_batch(self.next, &batch);
@@ -232,18 +230,34 @@ impl Journal {
         entries: impl Iterator<Item = Entry>,
     ) -> Result<(), DiskError> {
         let temporary = self.path.with_extension("tmp");
-        let mut new = Self::create(&self.files, &temporary, self.words, &self.identity)?;
-        let mut entries = entries.peekable();
-        while entries.peek().is_some() {
-            new.write_batch(&mut entries)?;
-        }
-        // One sync for all of it: nobody reads it before it has its name.
-        new.files.sync_data(Which::Journal, &new.file)?;
+        let mut new = match self.written_anew(&temporary, entries) {
+            Ok(new) => new,
+            Err(error) => {
+                // It must not take space for nothing.
+                let _ = std::fs::remove_file(&temporary);
+                return Err(error);
+            }
+        };
         new.compact_end = new.end;
         self.files.rename(Which::Journal, &temporary, &self.path)?;
         new.path.clone_from(&self.path);
         *self = new;
         Ok(())
+    }
+
+    fn written_anew(
+        &self,
+        path: &Path,
+        entries: impl Iterator<Item = Entry>,
+    ) -> Result<Self, DiskError> {
+        let mut new = Self::create(&self.files, path, self.words, &self.identity)?;
+        let mut entries = entries.peekable();
+        while entries.peek().is_some() {
+            new.write_batch(&mut entries)?;
+        }
+        // One sync for all of it: nobody reads it before it has its name.
+        self.files.sync_data(Which::Journal, &new.file)?;
+        Ok(new)
     }
 }
 

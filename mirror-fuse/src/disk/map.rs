@@ -306,8 +306,7 @@ impl Map {
         for (index, word) in bytes.chunks(WORD).enumerate() {
             let mut padded = [0; WORD];
             padded[..word.len()].copy_from_slice(word);
-            self.word_at(slot + index * WORD)
-                .store(u64::from_le_bytes(padded), Ordering::Release);
+            self.word_at(slot + index * WORD).store(u64::from_le_bytes(padded), Ordering::Release);
         }
     }
 
@@ -417,10 +416,7 @@ mod tests {
         let shape = map.shape;
         drop(map);
         let other = Identity { generation: 2, ..identity(shape) };
-        assert!(matches!(
-            Map::open(&files, &path, shape, &other),
-            Err(DiskError::Damaged { .. })
-        ));
+        assert!(matches!(Map::open(&files, &path, shape, &other), Err(DiskError::Damaged { .. })));
         let larger = Shape { size_bytes: 1 << 40, ..shape };
         assert!(matches!(
             Map::open(&files, &path, larger, &identity(larger)),

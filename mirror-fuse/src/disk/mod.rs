@@ -286,12 +286,7 @@ impl Disk {
     ///
     /// # Errors
     /// As [`Self::write`].
-    pub async fn zero(
-        self: &Arc<Self>,
-        offset: u64,
-        len: u64,
-        how: Zero,
-    ) -> Result<(), DiskError> {
+    pub async fn zero(self: &Arc<Self>, offset: u64, len: u64, how: Zero) -> Result<(), DiskError> {
         self.shared.check_range(offset, len)?;
         self.change(move |generation, done, fetched| {
             generation.zero(offset + done, len - done, how, fetched, Room::MemoryOrSpill)
@@ -315,7 +310,8 @@ impl Disk {
             let mut freed = pin!(self.shared.common.budgets().freed().notified());
             freed.as_mut().enable();
             let mut changes = self.shared.changes();
-            let (shared, step, have) = (Arc::clone(&self.shared), Arc::clone(&step), fetched.take());
+            let (shared, step, have) =
+                (Arc::clone(&self.shared), Arc::clone(&step), fetched.take());
             let call = move || {
                 shared.gate.enter();
                 let generation = shared.generation.load_full();
@@ -455,6 +451,7 @@ impl Disk {
         self.stop().await;
         let shared = Arc::clone(&self.shared);
         let finish = move || {
+            let _busy = shared.common.busy();
             let generation = shared.generation.load_full();
             generation.flush()?;
             generation.map.sync()?;

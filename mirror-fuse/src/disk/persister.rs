@@ -1,33 +1,31 @@
 //! The persister of a disk: makes the pending snapshots durable in the background, one at a time
 //! and in order (algorithm 3 of the paper).
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use blobcr_proto::v1::{self, SnapshotState};
+use futures::FutureExt;
 
 use super::capture::Captures;
 use super::facts::Pending;
 use super::generation::Generation;
 use super::shared::Shared;
 use super::upstreams::{Persisted, SnapshotKey, Work};
-use super::{CheckpointImage, Settled, UpstreamError};
+use super::{CheckpointImage, DiskError, Settled, UpstreamError};
 
 /// The first and the longest pause between two tries of a call that failed for want of a
 /// repository. Long enough not to hammer it, short enough that nobody notices once it is back.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LONGEST: Duration = Duration::from_secs(5);
 
-/// A snapshot that cannot become stable.
-struct Failed {
-    reason: String,
-    /// The chunks that were taken for it.
-    chunks: Vec<u64>,
-}
+/// Why a snapshot cannot become stable.
+struct Failed(String);
 
 impl Failed {
-    fn early(error: impl ToString) -> Self {
-        Self { reason: error.to_string(), chunks: Vec::new() }
+    fn because(error: impl ToString) -> Self {
+        Self(error.to_string())
     }
 }
 
@@ -121,7 +119,9 @@ async fn persist(
     {
         tracing::warn!(disk = shared.disk(), %error, "cannot reserve snapshot numbers ahead");
     }
-    match attempt(shared, generation, image, &snapshot).await {
+    // A fault in here must not end the persister: whoever waits for it would wait for ever.
+    let attempt = AssertUnwindSafe(attempt(shared, generation, image, &snapshot)).catch_unwind();
+    match attempt.await.unwrap_or_else(|_| Err(Failed::because("the persister panicked"))) {
         Ok(root) => {
             shared.settle(number, Settled::Stable);
             generation.epochs.stable(&generation.map, root);
@@ -129,22 +129,29 @@ async fn persist(
             update_state(shared, number);
             shared.changed();
         }
-        Err(Failed { reason, chunks }) => {
+        Err(Failed(reason)) => {
             tracing::warn!(disk = shared.disk(), number, reason, "snapshot failed");
-            let of_blocking = Arc::clone(generation);
-            let merge = move || {
-                of_blocking.uncapture(&snapshot, &chunks);
-                of_blocking.epochs.failed(&of_blocking.map, &chunks);
-                of_blocking.drop_asides();
-                Ok(())
-            };
             shared.settle(number, Settled::Failed { reason: reason.clone() });
-            if shared.common.blocking(merge).await.is_err() {
-                return;
+            let of_blocking = Arc::clone(generation);
+            if shared.common.blocking(move || of_blocking.give_back(&snapshot)).await.is_err() {
+                // The disk is stopped: the snapshot is as it was, for the next process.
+                return std::future::pending().await;
             }
             shared.changed();
             report_failed(shared, image, number, &reason).await;
         }
+    }
+}
+
+impl Generation {
+    /// Makes the changes of a failed snapshot, the oldest pending one, part of the next.
+    fn give_back(&self, snapshot: &Pending) -> Result<(), DiskError> {
+        let _busy = self.common.busy();
+        self.check()?;
+        self.uncapture(snapshot, &self.epochs.chunks());
+        self.epochs.failed(&self.map);
+        self.drop_asides();
+        Ok(())
     }
 }
 
@@ -162,10 +169,10 @@ async fn attempt(
     {
         return Ok(root);
     }
-    retry(shared, || upstream.begin(&key)).await.map_err(Failed::early)?;
+    retry(shared, || upstream.begin(&key)).await.map_err(Failed::because)?;
     let of_blocking = Arc::clone(generation);
-    let take = move || Ok(of_blocking.epochs.take_chunks());
-    let chunks = shared.common.blocking(take).await.map_err(Failed::early)?;
+    let sort = move || Ok(of_blocking.epochs.chunks());
+    let chunks = shared.common.blocking(sort).await.map_err(Failed::because)?;
     let base = generation.epochs.facts().stable_root;
     let of_stalls = Arc::clone(shared);
     let stalled: Arc<dyn Fn(Option<String>) + Send + Sync> =
@@ -179,17 +186,16 @@ async fn attempt(
         pool: generation.source.pool,
         base: base.unwrap_or_else(|| generation.source.root.clone()),
         size_bytes: generation.shape.size_bytes,
-        chunks: chunks.clone(),
+        chunks,
         source: &captures,
         stalled: &*stalled,
     };
     let persisted = upstream.persist(&key, work).await;
     shared.set_stalled(None);
-    let done = match persisted {
-        Ok(persisted) => publish(shared, &key, persisted).await,
-        Err(error) => Err(error),
-    };
-    done.map_err(|error| Failed { reason: error.to_string(), chunks })
+    let persisted = persisted.map_err(Failed::because)?;
+    let root = publish(shared, &key, persisted).await.map_err(Failed::because)?;
+    shared.common.shape.check_root(&root).map_err(Failed::because)?;
+    Ok(root)
 }
 
 async fn publish(
@@ -219,16 +225,21 @@ async fn earlier(
     let upstream = &shared.common.deps.upstream;
     match retry(shared, || upstream.snapshot(key.image_id, key.number)).await {
         Ok(found) => match (found.state(), found.root) {
-            (SnapshotState::Stable | SnapshotState::Obsolete, Some(root)) => return Ok(Some(root)),
-            (SnapshotState::Failed, _) => return Err(Failed::early(found.reason)),
+            (SnapshotState::Stable | SnapshotState::Obsolete, Some(root)) => {
+                shared.common.shape.check_root(&root).map_err(Failed::because)?;
+                return Ok(Some(root));
+            }
+            (SnapshotState::Failed, _) => return Err(Failed::because(found.reason)),
             _ => {}
         },
         Err(UpstreamError::NotFound(_)) => {}
-        Err(error) => return Err(Failed::early(error)),
+        Err(error) => return Err(Failed::because(error)),
     }
     if generation.map.is_broken(snapshot.last) {
-        // Some of its bytes were in the memory of the daemon that died.
-        return Err(Failed::early(LOST));
+        // Some of its bytes were in the memory of the daemon that died. Its number is taken before
+        // this process forgets it: when it dies too, the next one finds it among the strays.
+        retry(shared, || upstream.begin(key)).await.map_err(Failed::because)?;
+        return Err(Failed::because(LOST));
     }
     Ok(None)
 }

@@ -19,10 +19,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::aside::present_runs;
+use super::delta::Delta;
 use super::epochs::List;
 use super::facts::Facts;
 use super::files::Files;
-use super::generation::{Common, Contents, DELTA, Generation, JOURNAL, MAP, Parts, generation_dir};
+use super::generation::{
+    Common, Contents, DELTA, Generation, JOURNAL, MAP, Parts, generation_dir, private_directory,
+};
 use super::io::Which;
 use super::journal::Journal;
 use super::map::{Map, Mark};
@@ -30,7 +33,6 @@ use super::record;
 use super::shape::Shape;
 use super::shared::{NUMBERS_RESERVED, Start};
 use super::state_file::{Durable, StateFile};
-use super::delta::Delta;
 use super::{DiskDeps, DiskError, DiskSpec};
 
 const RECORD: &str = "record";
@@ -63,7 +65,10 @@ pub(super) fn create(dir: &Path, spec: DiskSpec, deps: DiskDeps) -> Result<Start
         // Left by a making that was interrupted.
         std::fs::remove_dir_all(dir).map_err(failed)?;
     }
-    std::fs::create_dir_all(dir).map_err(failed)?;
+    if let Some(parent) = dir.parent() {
+        std::fs::create_dir_all(parent).map_err(failed)?;
+    }
+    private_directory(dir).map_err(failed)?;
     let facts = fresh_facts(&deps.boot_id);
     let common = Common::new(dir, &spec, Arc::clone(&files), deps)?;
     let parts = common.create_files(FIRST_GENERATION, &facts)?;
@@ -97,8 +102,7 @@ pub(super) fn open(dir: &Path, deps: DiskDeps) -> Result<Start, DiskError> {
         std::io::ErrorKind::NotFound => DiskError::Absent(dir.display().to_string()),
         _ => unnamed.error(Which::Record, "read", error),
     })?;
-    let spec =
-        record::decode(&bytes).map_err(|detail| unnamed.damaged(Which::Record, detail))?;
+    let spec = record::decode(&bytes).map_err(|detail| unnamed.damaged(Which::Record, detail))?;
     let files = Files::new(spec.name.to_string(), Arc::clone(&deps.io));
     let lock_file = record::lock(&files, &path)?;
     let common = Common::new(dir, &spec, Arc::clone(&files), deps)?;
@@ -141,14 +145,7 @@ fn open_generation(common: &Common, durable: &Durable) -> Result<Generation, Dis
     let source = durable.source.clone();
     let Some((map, mut facts)) = believed else {
         let (parts, facts, contents) = rebuild(common, durable, &dir, delta)?;
-        return Generation::new(
-            common.clone(),
-            durable.generation,
-            source,
-            parts,
-            facts,
-            contents,
-        );
+        return Generation::new(common.clone(), durable.generation, source, parts, facts, contents);
     };
     if durable.checkpoint.is_some() && facts.next_number == 0 {
         // The daemon died while it made the checkpoint image.
@@ -227,6 +224,7 @@ fn rebuild(
 pub(super) fn remove(common: &Common) -> Result<(), DiskError> {
     let failed = |error| common.files.error(Which::Directory, "remove", error);
     std::fs::remove_file(common.dir.join(RECORD)).map_err(failed)?;
+    common.files.sync_directory(&common.dir)?;
     std::fs::remove_dir_all(&common.dir).map_err(failed)
 }
 

@@ -74,12 +74,8 @@ impl Shared {
             let text = format!("snapshot {}@{} is not stable", image.name, snapshot.number);
             return Err(self.upstream_error(UpstreamError::Refused(text)));
         };
-        if u64::from(root.chunk_size) != self.common.shape.chunk_size.bytes()
-            || root.size_bytes > self.spec.size_bytes
-        {
-            let text = format!("snapshot {}@{} has another shape", image.name, snapshot.number);
-            return Err(self.upstream_error(UpstreamError::Refused(text)));
-        }
+        let refused = |text| self.upstream_error(UpstreamError::Refused(text));
+        self.common.shape.check_root(&root).map_err(refused)?;
         Ok(Source {
             image: image.name.clone(),
             image_id: image.id,
@@ -90,6 +86,7 @@ impl Shared {
     }
 
     fn swap_generation(&self, source: Source) -> Result<(), DiskError> {
+        let _busy = self.common.busy();
         let old = self.generation.load_full();
         old.check()?;
         let before = old.epochs.facts();
@@ -102,19 +99,14 @@ impl Shared {
         };
         let parts = self.common.create_files(number, &facts)?;
         let contents = super::generation::Contents::default();
-        let new = Generation::new(
-            self.common.clone(),
-            number,
-            source.clone(),
-            parts,
-            facts,
-            contents,
-        )?;
+        let new =
+            Generation::new(self.common.clone(), number, source.clone(), parts, facts, contents)?;
         self.state.update(|durable| {
             durable.generation = number;
             durable.source = source;
         })?;
         self.generation.store(Arc::new(new));
+        old.retire();
         let directory = generation_dir(&self.common.dir, old.number);
         let disk = self.disk().to_owned();
         self.common.deps.runtime.spawn_blocking(move || {

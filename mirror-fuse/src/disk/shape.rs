@@ -1,7 +1,8 @@
 //! Sizes of a disk, and where its sectors and chunks are.
 
+use blobcr_proto::name::NAME_BYTES_MAX;
 use blobcr_proto::units::IMAGE_SIZE_MAX;
-use blobcr_proto::{ChunkSize, SECTOR_SIZE};
+use blobcr_proto::{ChunkSize, Hash, SECTOR_SIZE, v1};
 
 use super::{DiskError, DiskSpec};
 
@@ -48,8 +49,7 @@ impl Sectors {
 
 impl Shape {
     pub(super) fn of(spec: &DiskSpec) -> Result<Self, DiskError> {
-        let invalid =
-            |detail: String| DiskError::Invalid { disk: spec.name.to_string(), detail };
+        let invalid = |detail: String| DiskError::Invalid { disk: spec.name.to_string(), detail };
         let root = &spec.source.root;
         let chunk_size = ChunkSize::new(u64::from(root.chunk_size))
             .map_err(|error| invalid(error.to_string()))?;
@@ -65,7 +65,24 @@ impl Shape {
                 spec.size_bytes, root.size_bytes
             )));
         }
-        Ok(Self { size_bytes: spec.size_bytes, chunk_size })
+        let shape = Self { size_bytes: spec.size_bytes, chunk_size };
+        shape.check_root(root).map_err(invalid)?;
+        if spec.source.image.len() > NAME_BYTES_MAX {
+            return Err(invalid("the name of its image is longer than any name".into()));
+        }
+        Ok(shape)
+    }
+
+    /// Refuses a tree that cannot be below this disk, whoever it came from.
+    pub(super) fn check_root(self, root: &v1::TreeRoot) -> Result<(), String> {
+        let known = root.node.is_empty() || root.node.len() == Hash::LEN;
+        if !known || u64::from(root.chunk_size) != self.chunk_size.bytes() {
+            return Err("the snapshot's tree is not one of this disk's chunk size".into());
+        }
+        if root.size_bytes > self.size_bytes {
+            return Err(format!("the snapshot has {} bytes, more than the disk", root.size_bytes));
+        }
+        Ok(())
     }
 
     pub(super) const fn chunks(self) -> u64 {
@@ -95,9 +112,11 @@ impl Shape {
     /// Splits `offset..offset + len` at chunk borders.
     pub(super) fn pieces(self, offset: u64, len: u64) -> impl Iterator<Item = Piece> {
         let range = blobcr_proto::ByteRange { start: offset, len };
-        range
-            .by_chunk(self.chunk_size)
-            .map(|(chunk, part)| Piece { chunk, within: part.start, len: part.len })
+        range.by_chunk(self.chunk_size).map(|(chunk, part)| Piece {
+            chunk,
+            within: part.start,
+            len: part.len,
+        })
     }
 
     /// The sectors that `piece` touches.

@@ -30,7 +30,7 @@ pub(super) struct Shared {
     pub(super) gate: Gate,
     /// Held by who cuts or rolls back: one at a time.
     pub(super) commit: tokio::sync::Mutex<()>,
-    /// Held by who makes the checkpoint image.
+    /// Held by who makes the checkpoint image. Taken after `commit` by who takes both.
     pub(super) clone: tokio::sync::Mutex<()>,
     pub(super) checkpoint: OnceLock<CheckpointImage>,
     /// As in the state file: numbers below may be handed out.

@@ -120,7 +120,8 @@ impl Spill {
     fn make(&self) -> Result<File, DiskError> {
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(true);
-        let direct = options.clone().custom_flags(OFlags::DIRECT.bits().cast_signed()).open(&self.path);
+        let direct =
+            options.clone().custom_flags(OFlags::DIRECT.bits().cast_signed()).open(&self.path);
         // Some file systems know no O_DIRECT.
         direct
             .or_else(|_| options.open(&self.path))

@@ -174,7 +174,12 @@ mod tests {
     use blobcr_proto::v1::TreeRoot;
 
     fn sample() -> Durable {
-        let root = TreeRoot { size_bytes: 1 << 30, chunk_size: 64 << 10, fan_out: 2, node: vec![9; 32].into() };
+        let root = TreeRoot {
+            size_bytes: 1 << 30,
+            chunk_size: 64 << 10,
+            fan_out: 2,
+            node: vec![9; 32].into(),
+        };
         Durable {
             generation: 4,
             source: Source { image: "base".into(), image_id: 1, number: 1, pool: 1, root },

@@ -2,8 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
-use blobcr_proto::v1::{self, SnapshotState};
 use blobcr_proto::SECTOR_SIZE;
+use blobcr_proto::v1::{self, SnapshotState};
 
 use super::shared::Shared;
 use super::{DiskError, Settled, UpstreamError};

@@ -27,11 +27,18 @@ pub(super) struct Fetched {
 pub(super) enum Progress {
     Done,
     /// The rest needs this chunk of the base.
-    NeedsChunk { done: u64, chunk: u64 },
+    NeedsChunk {
+        done: u64,
+        chunk: u64,
+    },
     /// The rest needs room for a copy aside.
-    NeedsRoom { done: u64 },
+    NeedsRoom {
+        done: u64,
+    },
     /// The rest would take long.
-    Long { done: u64 },
+    Long {
+        done: u64,
+    },
 }
 
 /// How far one piece got: all or nothing.

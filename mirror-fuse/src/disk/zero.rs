@@ -1,11 +1,11 @@
 //! Discard and write-zeroes: whole sectors become holes of the delta that count as present.
 
+use super::DiskError;
 use super::Zero;
 use super::aside::{Room, ZEROS};
 use super::generation::Generation;
 use super::shape::{Piece, SECTOR, Sectors};
 use super::write::{Fetched, Progress, Step};
-use super::DiskError;
 
 /// Chunks that one call changes at most, so that the discard of a whole disk does not hold a
 /// thread of the front end: a hole costs some microseconds.

@@ -28,7 +28,8 @@ impl Setup {
         let source = world.image("base", &base);
         let spec = spec_of("disk", source, size);
         base.resize(size as usize, 0);
-        let disk = Disk::create(&dir.path().join("disk"), spec, deps(&world, room, "boot")).unwrap();
+        let disk =
+            Disk::create(&dir.path().join("disk"), spec, deps(&world, room, "boot")).unwrap();
         Self { dir, world, base, disk }
     }
 
@@ -351,15 +352,13 @@ async fn a_snapshot_whose_bytes_are_gone_fails_and_the_next_is_whole() {
     for _ in 0..2 {
         setup.world.permit();
     }
-    eventually("chunk 0 was read", || setup.disk.shared.generation.load().map.mark(0).captured).await;
+    eventually("chunk 0 was read", || setup.disk.shared.generation.load().map.mark(0).captured)
+        .await;
     setup.disk.put(0, &[9; 4096]).await;
     assert_eq!(setup.disk.status().aside_bytes, 0, "what was read needs no copy");
     setup.world.fail_next("persist", Failure::Permanent);
     setup.world.release();
-    assert!(matches!(
-        setup.disk.wait_stable(first.number).await.unwrap(),
-        Settled::Failed { .. }
-    ));
+    assert!(matches!(setup.disk.wait_stable(first.number).await.unwrap(), Settled::Failed { .. }));
     let Settled::Failed { reason } = setup.disk.wait_stable(second.number).await.unwrap() else {
         panic!("its bytes are gone");
     };
@@ -449,7 +448,9 @@ async fn rollback_goes_back_and_on() {
     eventually("old generations are deleted", || {
         std::fs::read_dir(setup.dir.path().join("disk"))
             .unwrap()
-            .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("gen-"))
+            .filter(|entry| {
+                entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("gen-")
+            })
             .count()
             == 1
     })
@@ -494,7 +495,8 @@ async fn a_repeated_key_returns_the_first_answer() {
     assert_eq!(again[0].number, first[0].number);
     let other = Disk::commit_all(&disks, "other").await.unwrap();
     assert_eq!(other[0].number, first[0].number + 1);
-    let none = [Disk::commit_all(&disks, "").await.unwrap(), Disk::commit_all(&disks, "").await.unwrap()];
+    let none =
+        [Disk::commit_all(&disks, "").await.unwrap(), Disk::commit_all(&disks, "").await.unwrap()];
     assert_eq!((none[0][0].number, none[1][0].number), (4, 5));
     let long = "k".repeat(KEY_BYTES_MAX + 1);
     assert!(matches!(Disk::commit_all(&disks, &long).await, Err(DiskError::KeyTooLong)));
@@ -514,7 +516,8 @@ async fn acknowledged_writes_and_pending_snapshots_survive_the_daemon() {
     // begin, chunk 0
     setup.world.permit();
     setup.world.permit();
-    eventually("chunk 0 was read", || setup.disk.shared.generation.load().map.mark(0).captured).await;
+    eventually("chunk 0 was read", || setup.disk.shared.generation.load().map.mark(0).captured)
+        .await;
     // Not a chunk of the snapshot: it stays whole.
     setup.disk.put(4 * CHUNK as u64, &[7; 5000]).await;
     let now = setup.disk.all().await;

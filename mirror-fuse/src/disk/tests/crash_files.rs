@@ -200,13 +200,7 @@ fn listing(directory: &Path) -> Vec<String> {
 }
 
 impl FileIo for CrashFiles {
-    fn write_all_at(
-        &self,
-        which: Which,
-        file: &File,
-        bytes: &[u8],
-        offset: u64,
-    ) -> io::Result<()> {
+    fn write_all_at(&self, which: Which, file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
         let mut inner = self.call();
         if inner.full.contains(&which) {
             // Some of it still fits, up to a border of blocks.

@@ -1,4 +1,6 @@
 mod cases;
 mod crash_files;
+mod killed;
 mod model;
 pub(super) mod support;
+mod torture;

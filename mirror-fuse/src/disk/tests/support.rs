@@ -82,6 +82,7 @@ pub(crate) struct World {
     /// Somebody waits for a step.
     pub(crate) waiting: std::sync::atomic::AtomicUsize,
     taken: std::sync::atomic::AtomicUsize,
+    jitter_us: std::sync::atomic::AtomicUsize,
 }
 
 impl World {
@@ -92,6 +93,7 @@ impl World {
             held: false.into(),
             waiting: 0.into(),
             taken: 0.into(),
+            jitter_us: 0.into(),
         })
     }
 
@@ -131,7 +133,17 @@ impl World {
         self.steps.add_permits(1);
     }
 
+    /// Makes every step take up to so long.
+    pub(crate) fn set_jitter(&self, most: Duration) {
+        self.jitter_us.store(most.as_micros() as usize, Ordering::SeqCst);
+    }
+
     async fn step(&self) {
+        let jitter = self.jitter_us.load(Ordering::SeqCst);
+        if jitter > 0 {
+            let some = rand::random_range(0..jitter as u64);
+            tokio::time::sleep(Duration::from_micros(some)).await;
+        }
         if !self.held.load(Ordering::SeqCst) {
             return;
         }
@@ -264,7 +276,8 @@ impl Upstream for World {
             highest_number: 1,
             ..v1::Image::default()
         };
-        let snapshot = v1::Snapshot { image_id: id, number: 1, root: record.root, ..v1::Snapshot::default() };
+        let snapshot =
+            v1::Snapshot { image_id: id, number: 1, root: record.root, ..v1::Snapshot::default() };
         Ok(v1::CloneImageResponse { image: Some(image), snapshot: Some(snapshot) })
     }
 
@@ -291,11 +304,7 @@ impl Upstream for World {
         if lost.is_some() { Err(UpstreamError::Unavailable("answer lost".into())) } else { Ok(()) }
     }
 
-    async fn persist(
-        &self,
-        key: &SnapshotKey,
-        work: Work<'_>,
-    ) -> Result<Persisted, UpstreamError> {
+    async fn persist(&self, key: &SnapshotKey, work: Work<'_>) -> Result<Persisted, UpstreamError> {
         assert!(work.chunks.is_sorted_by(|a, b| a < b), "chunks are sorted, each once");
         let base = Arc::clone(&self.repo().trees[&work.base.node.to_vec()]);
         let mut content = Content::clone(&base);
@@ -329,7 +338,8 @@ impl Upstream for World {
         let lost = self.enter("publish")?;
         let mut repo = self.repo();
         let snapshots = &mut repo.own(key)?.snapshots;
-        let newer = snapshots.range(key.number + 1..).find(|(_, r)| r.state == SnapshotState::Stable);
+        let newer =
+            snapshots.range(key.number + 1..).find(|(_, r)| r.state == SnapshotState::Stable);
         assert!(newer.is_none(), "snapshots are published in order");
         let record = snapshots.get_mut(&key.number).unwrap();
         match record.state {
@@ -449,12 +459,8 @@ impl Base for WorldBase {
 }
 
 pub(crate) fn spec(name: &str, size_bytes: u64) -> DiskSpec {
-    let root = v1::TreeRoot {
-        size_bytes,
-        chunk_size: CHUNK as u32,
-        fan_out: 64,
-        node: Bytes::new(),
-    };
+    let root =
+        v1::TreeRoot { size_bytes, chunk_size: CHUNK as u32, fan_out: 64, node: Bytes::new() };
     let source = Source { image: "base".into(), image_id: 1, number: 1, pool: 1, root };
     spec_of(name, source, size_bytes)
 }
