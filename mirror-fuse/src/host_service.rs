@@ -99,7 +99,8 @@ impl Mirror for MirrorService {
     ) -> Result<Response<v1::DetachDiskResponse>, Status> {
         let request = request.into_inner();
         let host = self.0.clone();
-        to_the_end(async move { host.detach(&request.disk, request.discard_changes).await }).await?;
+        to_the_end(async move { host.detach(&request.disk, request.discard_changes).await })
+            .await?;
         Ok(Response::new(v1::DetachDiskResponse {}))
     }
 
