@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::super::*;
+use super::crash_files::{Crash, CrashFiles};
 use super::support::*;
 use blobcr_proto::v1::SnapshotState;
 
@@ -651,4 +652,220 @@ async fn specifications_that_make_no_sense_are_refused() {
     let disk = create(spec_of("d", source, 8 << 40)).unwrap();
     disk.put((8 << 40) - 10, &[1; 10]).await;
     assert_eq!(disk.status().local_bytes, 4096);
+}
+/// In the prototype, fsync was a request to the kernel that nobody waited for, and which chunks were
+/// local was written down when the daemon ended.
+#[tokio::test]
+async fn a_flush_syncs_what_it_must_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::new();
+    let files = CrashFiles::new(1);
+    let source = world.image("base", &pattern(1, SIZE as usize));
+    let path = dir.path().join("disk");
+    let io = Arc::clone(&files) as Arc<dyn FileIo>;
+    let deps = DiskDeps { io, ..deps(&world, (16, 16), "boot") };
+    let disk = Disk::create(&path, spec_of("disk", source, SIZE), deps.clone()).unwrap();
+    let syncs = || (files.syncs(Which::Delta), files.syncs(Which::Journal));
+    let start = syncs();
+    let since = || {
+        let (delta, journal) = syncs();
+        (delta - start.0, journal - start.1)
+    };
+    disk.flush().unwrap();
+    assert_eq!(since(), (0, 0), "nothing was written");
+    disk.put(0, &pattern(2, 10_000)).await;
+    disk.flush().unwrap();
+    assert_eq!(since(), (1, 1));
+    disk.put(5000, &pattern(3, 100)).await;
+    disk.flush().unwrap();
+    assert_eq!(since(), (2, 1), "the map is as it was");
+    disk.flush().unwrap();
+    assert_eq!(since(), (2, 1));
+    // A COMMIT syncs nothing at all, once there are numbers.
+    disk.ensure_clone().await.unwrap();
+    let state = files.syncs(Which::State);
+    world.hold();
+    disk.try_commit().unwrap().unwrap();
+    assert_eq!((since(), files.syncs(Which::State)), ((2, 1), state));
+}
+
+#[tokio::test]
+async fn a_failed_fsync_stops_the_disk_until_it_is_opened_again() {
+    for which in [Which::Delta, Which::Journal] {
+        let dir = tempfile::tempdir().unwrap();
+        let world = World::new();
+        let files = CrashFiles::new(1);
+        let source = world.image("base", &pattern(1, SIZE as usize));
+        let path = dir.path().join("disk");
+        let io = Arc::clone(&files) as Arc<dyn FileIo>;
+        let deps = DiskDeps { io, ..deps(&world, (16, 16), "boot") };
+        let disk = Disk::create(&path, spec_of("disk", source, SIZE), deps.clone()).unwrap();
+        disk.ensure_clone().await.unwrap();
+        disk.put(0, &pattern(2, 10_000)).await;
+        let expected = disk.all().await;
+        files.fail_next_sync(which);
+        let poisoned = |result: Result<(), DiskError>| match result {
+            Err(DiskError::Poisoned { file, .. }) => assert_eq!(file, which.name()),
+            other => panic!("{other:?}"),
+        };
+        poisoned(disk.flush());
+        // The next fsync would succeed, and prove nothing.
+        poisoned(disk.flush());
+        poisoned(disk.try_write(0, &[1]).map(|_| ()));
+        poisoned(disk.try_zero(0, 4096, Zero::Discard).map(|_| ()));
+        poisoned(disk.try_commit().map(|_| ()));
+        poisoned(disk.rollback(0).await);
+        poisoned(disk.shutdown().await);
+        assert_eq!(disk.all().await, expected, "what is there can be read");
+        drop(disk);
+        let disk = Disk::open(&path, deps).unwrap();
+        assert_eq!(disk.all().await, expected);
+        disk.flush().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_full_host_fails_the_write_that_needs_room_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::new();
+    let files = CrashFiles::new(1);
+    let source = world.image("base", &pattern(1, SIZE as usize));
+    let path = dir.path().join("disk");
+    let io = Arc::clone(&files) as Arc<dyn FileIo>;
+    let deps = DiskDeps { io, ..deps(&world, (0, 100), "boot") };
+    let disk = Disk::create(&path, spec_of("disk", source, SIZE), deps.clone()).unwrap();
+    let before = disk.all().await;
+    let no_space = |error: DiskError, which: Which| match error {
+        DiskError::NoSpace { file, .. } => assert_eq!(file, which.name()),
+        other => panic!("{other:?}"),
+    };
+    // The map's first extent is there from the start; the delta has nothing.
+    files.set_full(&[Which::Delta]);
+    no_space(disk.try_write(0, &pattern(2, 4096)).unwrap_err(), Which::Delta);
+    files.set_full(&[]);
+    assert_eq!(disk.all().await[4096..], before[4096..]);
+    disk.put(0, &pattern(3, 4096)).await;
+    files.set_full(&[Which::Journal]);
+    no_space(disk.flush().unwrap_err(), Which::Journal);
+    no_space(disk.flush().unwrap_err(), Which::Journal);
+    files.set_full(&[]);
+    disk.flush().unwrap();
+    // With no room for copies, a writer waits for the persister, as with a full budget.
+    disk.ensure_clone().await.unwrap();
+    world.hold();
+    let expected = disk.all().await;
+    let made = disk.try_commit().unwrap().unwrap();
+    files.set_full(&[Which::Spill]);
+    let writing = Arc::clone(&disk);
+    let writer = tokio::spawn(async move { writing.put(100, &[9; 10]).await });
+    eventually("the writer waits", || disk.status().throttled_writes > 0).await;
+    world.release();
+    writer.await.unwrap();
+    assert_eq!(disk.wait_stable(made.number).await.unwrap(), Settled::Stable);
+    assert_eq!(world.bytes(made.image_id, made.number), expected);
+    // What failed for want of room was not flushed, what succeeded was.
+    let now = disk.all().await;
+    files.set_full(&[]);
+    disk.flush().unwrap();
+    let left = dir.path().join("left");
+    files.crash(Crash::Host, &path, &left);
+    let disk = Disk::open(&left, DiskDeps { boot_id: "next".into(), ..deps }).unwrap();
+    assert_eq!(disk.all().await, now);
+}
+
+/// A map of a large disk takes space as it is touched; the kernel would kill the process that
+/// stores to a page for which there is none.
+#[tokio::test]
+async fn a_full_host_is_noticed_before_the_map_is_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::new();
+    let files = CrashFiles::new(1);
+    let source = world.image("base", &pattern(1, CHUNK));
+    let io = Arc::clone(&files) as Arc<dyn FileIo>;
+    let deps = DiskDeps { io, ..deps(&world, (0, 100), "boot") };
+    // Records beyond the map's first extent. Host files of such a size are not read by this test.
+    let spec = spec_of("disk", source, 1 << 30);
+    let disk = Disk::create(&dir.path().join("disk"), spec, deps).unwrap();
+    let far = (1 << 30) - 4096;
+    files.set_full(&[Which::Map]);
+    for result in [
+        disk.try_write(far, &[1; 4096]),
+        disk.try_zero(far, 4096, Zero::Discard).and_then(|_| disk.try_write(far, &[2; 4096])),
+    ] {
+        let Err(DiskError::NoSpace { file, .. }) = result else { panic!("{result:?}") };
+        assert_eq!(file, Which::Map.name());
+    }
+    assert_eq!(disk.status().local_bytes, 0);
+    files.set_full(&[]);
+    assert_eq!(disk.try_write(far, &[3; 4096]).unwrap(), Attempt::Done);
+    let mut out = [0; 4096];
+    assert_eq!(disk.try_read(far, &mut out).unwrap(), Attempt::Done);
+    assert_eq!(out, [3; 4096]);
+}
+
+#[tokio::test]
+async fn a_flush_during_a_rollback_is_no_error() {
+    let setup = Setup::usual();
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let flusher = {
+        let (disk, stop) = (Arc::clone(&setup.disk), Arc::clone(&stop));
+        std::thread::spawn(move || {
+            let mut n = 0;
+            while !stop.load(Ordering::Acquire) {
+                let _ = disk.try_write(n % CHUNKS * CHUNK as u64, &[n as u8; 4096]).unwrap();
+                disk.flush().unwrap();
+                n += 1;
+            }
+        })
+    };
+    for _ in 0..30 {
+        setup.disk.rollback(0).await.unwrap();
+    }
+    stop.store(true, Ordering::Release);
+    flusher.join().unwrap();
+    setup.disk.rollback(0).await.unwrap();
+    assert_eq!(setup.disk.all().await, setup.base);
+}
+
+#[tokio::test]
+async fn a_panic_behind_the_persister_fails_the_snapshot_and_no_more() {
+    let setup = Setup::usual();
+    setup.disk.put(100, &pattern(3, 100_000)).await;
+    setup.disk.ensure_clone().await.unwrap();
+    setup.world.fail_next("chunk", Failure::Panic);
+    let made = setup.disk.commit().await.unwrap();
+    let Settled::Failed { reason } = setup.disk.wait_stable(made.number).await.unwrap() else {
+        panic!("it cannot be stable");
+    };
+    assert!(reason.contains("panicked"), "{reason}");
+    assert_eq!(setup.stable().await, setup.disk.all().await);
+}
+
+#[tokio::test]
+async fn copies_of_one_disk_wait_for_no_other_disks_snapshot() {
+    // One budget for two disks.
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::new();
+    let deps = deps(&world, (1, 0), "boot");
+    let mut disks = Vec::new();
+    for name in ["one", "two"] {
+        let source = world.image(name, &pattern(1, SIZE as usize));
+        let spec = spec_of(name, source, SIZE);
+        disks.push(Disk::create(&dir.path().join(name), spec, deps.clone()).unwrap());
+    }
+    for disk in &disks {
+        disk.put(0, &pattern(5, CHUNK)).await;
+    }
+    world.hold();
+    let made = Disk::commit_all(&disks, "").await.unwrap();
+    assert_eq!(disks[0].try_write(0, &[1; 10]).unwrap(), Attempt::Done);
+    let second = Arc::clone(&disks[1]);
+    let writer = tokio::spawn(async move { second.put(0, &[2; 10]).await });
+    eventually("the writer waits", || disks[1].status().throttled_writes > 0).await;
+    world.release();
+    writer.await.unwrap();
+    for (disk, made) in disks.iter().zip(&made) {
+        assert_eq!(disk.wait_stable(made.number).await.unwrap(), Settled::Stable);
+        assert_eq!(world.bytes(made.image_id, made.number)[..CHUNK], pattern(5, CHUNK));
+    }
 }

@@ -581,10 +581,12 @@ impl Run {
         let mut data = pattern(self.rng.random(), len);
         let mut or = None;
         match operation {
-            0 => drop(disk.try_write(at as u64, &data).unwrap()),
+            0 => {
+                let _ = disk.try_write(at as u64, &data).unwrap();
+            }
             1 => {
                 data.fill(0);
-                drop(disk.try_zero(at as u64, len as u64, Zero::WriteZeroes).unwrap());
+                let _ = disk.try_zero(at as u64, len as u64, Zero::WriteZeroes).unwrap();
             }
             2 => disk.flush().unwrap(),
             3 => {

@@ -70,6 +70,7 @@ pub(crate) enum Failure {
     Permanent,
     /// It is done, but the answer is lost.
     AnswerLost,
+    Panic,
 }
 
 /// The repository, as a double of [`Upstream`] and [`BaseOpener`].
@@ -196,6 +197,10 @@ impl World {
         match planned.map(|plan| plan.remove(0)) {
             Some(Failure::Transient) => Err(UpstreamError::Unavailable("planned".into())),
             Some(Failure::Permanent) => Err(UpstreamError::Refused("planned".into())),
+            Some(Failure::Panic) => {
+                drop(repo);
+                panic!("planned")
+            }
             other => Ok(other),
         }
     }
