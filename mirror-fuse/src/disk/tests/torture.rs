@@ -184,7 +184,9 @@ fn what_was_flushed_survives_the_host_whoever_else_writes() {
             }
             let _stops = Stops(&stop);
             for crash in 0..6 {
-                thread::sleep(Duration::from_micros(rng.random_range(0..3000 * (1 + crash * crash))));
+                thread::sleep(Duration::from_micros(
+                    rng.random_range(0..3000 * (1 + crash * crash)),
+                ));
                 let promised: Vec<Vec<u64>> = flushed
                     .iter()
                     .map(|slots| slots.iter().map(|n| n.load(Ordering::Acquire)).collect())
