@@ -13,6 +13,9 @@ use crate::store::Swap;
 /// left of a block when the process ends is never given.
 const IMAGE_ID_BLOCK: u64 = 64;
 
+/// The pool of an image that names none.
+pub const POOL_DEFAULT: &str = "default";
+
 /// Snapshots marked in one swap when an image is removed.
 const MARKED_PER_SWAP: usize = 32;
 
@@ -33,7 +36,7 @@ fn describe(image: &v1::ImageRef) -> String {
 }
 
 impl VersionManager {
-    /// Makes an image without snapshots.
+    /// Makes an image without snapshots, in the pool that it names or in [`POOL_DEFAULT`].
     ///
     /// # Errors
     /// [`Error::AlreadyExists`] when the name is taken, [`Error::NotFound`] for an unknown pool.
@@ -44,7 +47,8 @@ impl VersionManager {
             0 => ChunkSize::DEFAULT,
             bytes => ChunkSize::new(bytes.into()).map_err(Error::invalid)?,
         };
-        let pool = self.pool_record(&v1::PoolRef { name: r.pool, id: 0 }).await?;
+        let pool = if r.pool.is_empty() { POOL_DEFAULT.to_owned() } else { r.pool };
+        let pool = self.pool_record(&v1::PoolRef { name: pool, id: 0 }).await?;
         let image = ImageRecord {
             id: self.next_image_id().await?,
             name: name.into(),
@@ -211,13 +215,18 @@ impl VersionManager {
     /// # Errors
     /// [`Error::NotFound`] when there is none.
     pub async fn remove_image(&self, r: v1::ImageRef) -> Result<v1::RemoveImageResponse, Error> {
-        let id = until_won!(self, describe(&r), self.try_bury(&r).await)?;
+        let id = self.image_record(&r).await?.value.id;
+        {
+            let _turn = self.image_turn(id).await;
+            // By its id: the name may go to another image at any moment.
+            until_won!(self, describe(&r), self.try_bury(id).await)?;
+        }
         self.finish_removal(id).await?;
         Ok(v1::RemoveImageResponse {})
     }
 
-    async fn try_bury(&self, r: &v1::ImageRef) -> Result<u64, Error> {
-        let image = self.image_record(r).await?;
+    async fn try_bury(&self, id: u64) -> Result<(), Error> {
+        let image = self.image_record(&v1::ImageRef { name: String::new(), id }).await?;
         let name = ImageNameRecord { name: image.value.name.clone(), image_id: image.value.id };
         // A clock that stands at zero must not leave the image alive.
         let mut grave = image.value.clone();
@@ -225,7 +234,7 @@ impl VersionManager {
         let removal = RemovalRecord { image_id: grave.id, marked: 0 };
         let swap = Swap::new().update(&image, &grave).clear(&name).create(&removal);
         self.store.swap(swap).await?;
-        Ok(grave.id)
+        Ok(())
     }
 
     /// Marks the snapshots of images whose removal was interrupted. Returns how many images.

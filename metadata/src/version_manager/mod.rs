@@ -24,7 +24,7 @@
 
 use std::sync::Arc;
 
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::clock::{Clock, Entropy};
 use crate::error::Error;
@@ -45,6 +45,9 @@ const SWAP_ATTEMPTS_MAX: u32 = 24;
 /// The longest pause between two attempts.
 const PAUSE_MS_MAX: u64 = 32;
 
+/// Turns that images share by id: far more than swaps that fit one sync of the store.
+const IMAGE_TURNS: u64 = 1024;
+
 /// Entries of a listing that the request does not limit.
 pub const LIST_LIMIT_DEFAULT: u32 = 1000;
 /// Entries of a listing at most: bounds memory and the size of a reply.
@@ -64,6 +67,9 @@ pub struct VersionManager {
     image_ids: Mutex<std::ops::Range<u64>>,
     /// Taken in turn, because all of them change one counter.
     generation_turn: Mutex<()>,
+    /// Changes of one image's record take turns here, in order of arrival, so that those of this
+    /// process do not make each other try again; against other processes only swaps protect.
+    image_turns: Vec<Mutex<()>>,
 }
 
 /// A record as it was read.
@@ -89,7 +95,14 @@ impl VersionManager {
             started_unix_ms,
             image_ids: Mutex::new(0..0),
             generation_turn: Mutex::new(()),
+            image_turns: (0..IMAGE_TURNS).map(|_| Mutex::new(())).collect(),
         }
+    }
+
+    /// Waits for this process's turn to change an image's record.
+    async fn image_turn(&self, image_id: u64) -> Option<MutexGuard<'_, ()>> {
+        let turn = self.image_turns.get((image_id % IMAGE_TURNS) as usize)?;
+        Some(turn.lock().await)
     }
 
     fn now(&self) -> u64 {

@@ -68,6 +68,7 @@ impl VersionManager {
         if r.number > SNAPSHOT_NUMBER_MAX {
             return Err(Error::invalid(format!("{} is no snapshot number", r.number)));
         }
+        let _turn = self.image_turn(r.image_id).await;
         until_won!(self, describe_id(r.image_id, r.number), self.try_begin(&r).await)
     }
 
@@ -147,6 +148,7 @@ impl VersionManager {
     ) -> Result<v1::Snapshot, Error> {
         let root = r.root.as_ref().ok_or_else(|| Error::invalid("a snapshot needs a root"))?;
         check_root(root).map_err(Error::invalid)?;
+        let _turn = self.image_turn(r.image_id).await;
         until_won!(self, describe_id(r.image_id, r.number), self.try_publish(&r, root).await)
     }
 

@@ -251,8 +251,7 @@ async fn a_removal_takes_the_image_that_it_found() {
         m.remove_image(named("i")).await.unwrap();
         m.create_image(create("i", "")).await.unwrap();
     });
-    let by_id = v1::ImageRef { name: String::new(), id: r.image };
-    refused(r.slow.remove_image(by_id).await, Kind::NotFound, &[]);
+    refused(r.slow.remove_image(named("i")).await, Kind::NotFound, &[]);
     assert!(r.store.met());
     assert_ne!(r.f.get("i").await.unwrap().id, r.image);
 }

@@ -59,9 +59,12 @@ impl Durability for Gate {
 }
 
 async fn until(condition: impl Fn() -> bool) {
-    while !condition() {
-        tokio::task::yield_now().await;
-    }
+    let waited = tokio::time::timeout(Duration::from_secs(60), async {
+        while !condition() {
+            tokio::task::yield_now().await;
+        }
+    });
+    waited.await.expect("what the test waits for happens");
 }
 
 #[tokio::test(flavor = "multi_thread")]
