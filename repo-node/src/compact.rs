@@ -61,6 +61,7 @@ pub struct CompactionReport {
 struct Vain {
     live_bytes: u64,
     unlinked: u64,
+    is_full: bool,
 }
 
 /// The compactor's memory between rounds.
@@ -92,33 +93,34 @@ impl Compactor {
                 self.vain.insert(segment.number, vain);
                 continue;
             }
-            match self.compact(&segment, pace, &mut report)? {
-                Compacted::Unlinked => {
+            match self.compact(&segment, pace, &mut report) {
+                Ok(Compacted::Unlinked) => {
                     self.unlinked += 1;
                     self.vain.remove(&segment.number);
                     report.segments += 1;
                     report.unlinked_bytes += segment.len();
                 }
-                Compacted::Unreadable => {
+                // Another one may need less room.
+                Ok(Compacted::Unreadable) | Err(StoreError::Full { .. }) => {
                     looks += 1;
                     let vain = self.vain_now(&segment);
                     self.vain.insert(segment.number, vain);
                 }
-                Compacted::Stopped => break,
+                Ok(Compacted::Stopped) => break,
+                Err(error) => return Err(error),
             }
         }
         Ok(report)
     }
 
     fn vain_now(&self, segment: &Segment) -> Vain {
-        Vain { live_bytes: segment.live_bytes(), unlinked: self.unlinked }
+        let (live_bytes, unlinked) = (segment.live_bytes(), self.unlinked);
+        Vain { live_bytes, unlinked, is_full: self.core.is_full() }
     }
 
     fn threshold(&self) -> f64 {
-        let core = &self.core;
-        let free = core.disk.space().map_or(u64::MAX, |space| space.free);
-        let wanted = core.options.compact_dead_fraction;
-        if free <= core.reserve { wanted.min(URGENT_DEAD_FRACTION) } else { wanted }
+        let wanted = self.core.options.compact_dead_fraction;
+        if self.core.is_full() { wanted.min(URGENT_DEAD_FRACTION) } else { wanted }
     }
 
     /// The closed segment of which the greatest part may be of no use, if that is enough.

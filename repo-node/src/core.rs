@@ -8,7 +8,7 @@ use crate::error::StoreError;
 use crate::format::StoreId;
 use crate::index::Index;
 use crate::options::Options;
-use crate::queue::Queue;
+use crate::queue::{GROUP_BYTES_MAX, Queue};
 use crate::segments::Segments;
 
 /// The state of an open store.
@@ -69,6 +69,16 @@ impl Core {
     /// The error that answers a write, when the store takes none.
     pub(crate) fn poisoned(&self) -> Option<StoreError> {
         self.poison.get().map(|cause| StoreError::Poisoned { cause: Arc::clone(cause) })
+    }
+
+    /// Whether new records are refused for want of space.
+    pub(crate) fn is_full(&self) -> bool {
+        let free = self.disk.space().map_or(u64::MAX, |space| space.free);
+        let room = free.saturating_sub(self.reserve);
+        // A quota may be exhausted while the file system has room: then what was refused tells,
+        // until there is room for the largest group.
+        let was_refused = self.refusing.load(Ordering::Relaxed);
+        room == 0 || was_refused && room < GROUP_BYTES_MAX as u64
     }
 
     /// The error that answers a put for which there is no room.

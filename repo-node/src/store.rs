@@ -25,6 +25,9 @@ use crate::writer::Writer;
 /// compaction a whole segment, so a second time is rare already.
 const READ_ATTEMPTS_MAX: usize = 16;
 
+/// Segments are begun anew at 32 GiB at the latest: half of what a place in one can name.
+const SEGMENT_BYTES_MAX: u64 = 32 << 30;
+
 /// A store of content-addressed records in a directory.
 ///
 /// Calls block; any number of threads may make them at once. What a put, touch or delete has
@@ -100,8 +103,9 @@ impl ChunkStore {
     /// As [`ChunkStore::open`].
     pub fn open_on(
         disk: Arc<dyn Disk>,
-        options: Options,
+        mut options: Options,
     ) -> Result<(Self, RecoveryReport), OpenError> {
+        options.segment_bytes = options.segment_bytes.min(SEGMENT_BYTES_MAX);
         let recovered = recover(&*disk, StoreId(rand::random()))?;
         let report = recovered.report;
         for finding in &report.findings {
@@ -282,8 +286,7 @@ impl ChunkStore {
             records: core.index.len(),
             damaged_records: core.index.damaged(),
             poisoned: core.poisoned().is_some(),
-            full: core.refusing.load(Ordering::Relaxed)
-                || space.is_some_and(|space| space.free <= core.reserve),
+            full: core.is_full(),
             recovery_findings: self.findings.clone(),
         }
     }
@@ -303,7 +306,7 @@ impl ChunkStore {
     /// Compacts now, as fast as it goes, until nothing is worth it.
     ///
     /// # Errors
-    /// When there is no room for what must be carried over, or the store is poisoned or closed.
+    /// When the store is poisoned or closed, or a segment cannot be removed.
     pub fn compact(&self) -> Result<CompactionReport, StoreError> {
         let mut compactor = self.compactor.lock().expect("no holder of this lock panics");
         compactor.run(&mut |_| true)

@@ -129,11 +129,13 @@ impl<'a> Group<'a> {
                 (Outcome::Delete(self.delete(*before_generation, keys)), false)
             }
             Work::Carry(items) => {
-                if self.carry_room < self.bytes + carried_bytes(items) {
+                let bytes = carried_bytes(items);
+                // Without records it is small, and may be what makes room.
+                if bytes > 0 && self.carry_room < self.bytes + bytes {
                     return Err(job);
                 }
                 items.iter().for_each(|item| self.carry(item));
-                (Outcome::Carried, true)
+                (Outcome::Carried, bytes > 0)
             }
         };
         debug_assert!(is_bulky || self.bytes - before < 1 << 30, "small records stay small");
@@ -315,11 +317,11 @@ fn small(event: HeaderEvent, key: &Key, generation: u64, payload: &[u8]) -> Reco
     }
 }
 
+/// Bytes of the records among `items`.
 fn carried_bytes(items: &[Carried]) -> u64 {
     let bytes = |item: &Carried| match item {
         Carried::Record { header, .. } => header.frame_len(),
-        Carried::Touch { .. } => frame_len(0),
-        Carried::Tombstone { .. } => frame_len(TOMBSTONE_PAYLOAD_LEN as u32),
+        Carried::Touch { .. } | Carried::Tombstone { .. } => 0,
     };
     items.iter().map(bytes).sum()
 }

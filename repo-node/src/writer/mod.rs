@@ -27,8 +27,8 @@ use group::{Effect, Finished, Group, Planned};
 /// Name of the file that holds room for deletes and touches on a full disk.
 pub(crate) const RESERVE_NAME: &str = "reserve";
 
-/// Its size: ten thousand tombstones.
-const RESERVE_FILE_BYTES: u64 = 1 << 20;
+/// Its size: the tombstones of one request with as many records as one may have.
+const RESERVE_FILE_BYTES: u64 = 8 << 20;
 
 /// At the most this part of the file system.
 const RESERVE_FILE_DIVISOR: u64 = 64;
