@@ -173,7 +173,12 @@ fn fio(engine: &str, blocks: &str, more: &[&str]) {
             .args(["--name=verify", "--rw=randwrite"])
             .args([format!("--bsrange={blocks}-128k"), format!("--blockalign={blocks}")])
             .args(["--size=48m", "--offset=4m", "--verify=crc32c", "--verify_fatal=1"])
-            .args(["--do_verify=1", "--verify_backlog=64", "--fallocate=none"])
+            .args([
+                "--do_verify=1",
+                "--verify_backlog=64",
+                "--verify_state_save=0",
+                "--fallocate=none",
+            ])
             .args(["--randrepeat=0", "--fsync=64", "--output-format=terse"])
             .arg(format!("--ioengine={engine}"))
             .arg(format!("--filename={}", path.display()))
