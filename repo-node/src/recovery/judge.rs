@@ -51,7 +51,8 @@ pub(super) fn read_segment(
     let mut contents = Contents {
         entries: scan.entries,
         unreadable,
-        len,
+        // With all of the last record's padding, so that the next begins where it may.
+        len: len.max(scan.end),
         closed: !scan.flaws.is_empty(),
         listed: false,
     };
@@ -66,6 +67,8 @@ pub(super) fn read_segment(
             Err(error) if is_full(&error) => contents.closed = true,
             mended => mended.map_err(io_error("mend", &name))?,
         }
+    } else if contents.len > len {
+        file.truncate(contents.len).map_err(io_error("pad", &name))?;
     }
     // A killed process may have left whole records that are only in memory. They count from now
     // on, so they must be on the disk. Had it been a sync that failed, the kernel would take them

@@ -32,7 +32,8 @@ pub(super) struct Scan {
     pub(super) entries: Vec<Entry>,
     /// What is not whole, in order.
     pub(super) flaws: Vec<Flaw>,
-    /// The byte behind the last whole record.
+    /// The byte behind the last whole record and its padding. Of the padding the file may lack
+    /// some.
     pub(super) end: u64,
     /// Every byte before this one had been synced before some record behind it was written.
     pub(super) durable: u64,
@@ -122,7 +123,7 @@ fn read_record(
         Err(_) => return Ok(Read::Nothing),
     };
     let next = at + header.frame_len();
-    if next > window.len {
+    if at + RECORD_HEADER_LEN as u64 + u64::from(header.stored_len) > window.len {
         return Ok(Read::Nothing);
     }
     let payload = window.bytes(at + RECORD_HEADER_LEN as u64, header.stored_len as usize);
