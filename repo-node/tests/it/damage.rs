@@ -442,7 +442,7 @@ fn inflict(path: &Path, harm: &Harm) -> Range<usize> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
     #[test]
     fn only_what_was_harmed_is_lost(
         clean: bool,
