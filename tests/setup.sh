@@ -19,6 +19,8 @@ rust_min=1.88
 
 say() { echo "setup: $*" >&2; }
 fail() { say "$*"; exit 1; }
+# Nothing ends silently.
+trap 'say "line $LINENO failed: $BASH_COMMAND"' ERR
 installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q ' installed$'; }
 at_least() { dpkg --compare-versions "$1" ge "$2"; }
 
@@ -75,12 +77,13 @@ if [ $need_qemu = yes ] && [ "$codename" = bookworm ]; then
     if ! grep -rqsE '^(Suites:|deb ).*bookworm-backports' /etc/apt/sources.list /etc/apt/sources.list.d \
         --include='*.sources' --include='*.list'; then
         list=/etc/apt/sources.list.d/bookworm-backports.list
-        mirror=$(grep -rhsoE '^(URIs:|deb( \[[^]]*\])?) *https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list \
-            /etc/apt/sources.list.d --include='*.sources' --include='*.list' |
-            grep -oE 'https?://[^ ]+' | head -1)
+        # grep also fails where one of the two places is not there, so its status says nothing.
+        mirror=$({ grep -rhsoE '^(URIs:|deb( \[[^]]*\])?) *https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list \
+            /etc/apt/sources.list.d --include='*.sources' --include='*.list' || true; } |
+            sed -nE '1s/.*(https?:\/\/[^ ]+).*/\1/p')
+        [ -n "$mirror" ] || fail "no Debian mirror in /etc/apt; add bookworm-backports to its sources by hand"
         say "adding $list"
-        echo "deb ${mirror:-http://deb.debian.org/debian} bookworm-backports main" |
-            "${as_root[@]}" tee "$list" >/dev/null
+        echo "deb $mirror bookworm-backports main" | "${as_root[@]}" tee "$list" >/dev/null
     fi
 fi
 if [ ${#missing[@]} -gt 0 ] || [ $need_qemu = yes ]; then

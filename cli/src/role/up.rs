@@ -19,7 +19,6 @@ use blobcr_metadata::policy::Policy;
 use blobcr_mirror_fuse::Host;
 use blobcr_repo_node::server_builder;
 use blobcr_repository::{ConnectOptions, Repository};
-use tokio::net::TcpListener;
 
 use super::directory::Described;
 use super::limits::raise_open_files;
@@ -31,7 +30,7 @@ use crate::args::UpArgs;
 use crate::endpoint::EndpointFile;
 use crate::exit::{Exit, Refusal};
 use crate::interrupt::Interrupts;
-use crate::output::Output;
+use crate::output::{Output, say};
 
 /// Runs everything until it is told to stop.
 ///
@@ -44,14 +43,23 @@ pub async fn run(args: UpArgs, output: Output) -> anyhow::Result<()> {
     EndpointFile::remove_stale(&args.dir)?;
     let dir = args.dir.canonicalize()?;
     let mut roles = Roles::default();
-    let started = interrupts.guard(Box::pin(roles.start(&args, &dir))).await;
-    if let Err(failure) = started {
-        if let Err(e) = roles.stop().await {
-            tracing::warn!("what had been started did not stop in order: {e:#}");
+    let started = tokio::select! {
+        started = Box::pin(roles.start_repository(&args, &dir)) => Some(started),
+        // A node that reads through a large log is not waited for.
+        name = interrupts.next() => {
+            say(&format!("{name}: stopping before everything was ready"));
+            None
         }
-        return Err(failure);
-    }
-    let outcome = roles.serve(&dir, interrupts, output).await;
+    };
+    let outcome = match started {
+        None => Ok(()),
+        Some(Err(failure)) => Err(failure),
+        // Quick, and not broken off: a mount that is being made could outlive the process.
+        Some(Ok(repository)) => match Box::pin(roles.start_host(&args, &dir, repository)).await {
+            Err(failure) => Err(failure),
+            Ok(host) => roles.serve(&dir, &host, interrupts, output).await,
+        },
+    };
     let stopped = roles.stop().await;
     drop(lock);
     outcome.and(stopped)
@@ -69,10 +77,9 @@ struct Roles {
 }
 
 impl Roles {
-    async fn start(&mut self, args: &UpArgs, dir: &Path) -> anyhow::Result<()> {
+    /// Metadata and nodes: what the host's roles need.
+    async fn start_repository(&mut self, args: &UpArgs, dir: &Path) -> anyhow::Result<Repository> {
         let nodes = node_count(args, &dir.join("nodes"))?;
-        let (listener, address) = bind(&args.listen).await?;
-        self.address.clone_from(&address);
         let metadata = metadata::open(&dir.join("metadata")).await?;
         self.metadata = Some(metadata.clone());
         // The roles find the metadata at an address of its own: the endpoint answers only when
@@ -85,10 +92,7 @@ impl Roles {
             self.start_node(&dir.join("nodes").join(number.to_string()), &repository).await?;
         }
         metadata::ensure_pool(&metadata, args.pool.as_deref()).await?;
-        let mount = args.mount.clone().unwrap_or_else(|| dir.join("mnt"));
-        let host = mirror::start(&dir.join("mirror"), &mount, &args.limits, repository).await?;
-        self.host = Some(host.clone());
-        self.start_endpoint(dir, metadata, &host, listener).await
+        Ok(repository)
     }
 
     async fn start_node(&mut self, dir: &Path, repository: &Repository) -> anyhow::Result<()> {
@@ -99,14 +103,19 @@ impl Roles {
         Ok(register(repository, &registration).await?)
     }
 
-    async fn start_endpoint(
+    /// Mirror, proxy and the endpoint that serves everything.
+    async fn start_host(
         &mut self,
+        args: &UpArgs,
         dir: &Path,
-        metadata: MetadataService,
-        host: &Host,
-        listener: TcpListener,
-    ) -> anyhow::Result<()> {
-        let proxy = Proxy::start(ProxyOptions::new(dir.join("vms"), self.address.clone()))?;
+        repository: Repository,
+    ) -> anyhow::Result<Host> {
+        let metadata = self.metadata.clone().context("the metadata has not been started")?;
+        let (listener, address) = bind(&args.listen).await?;
+        let mount = args.mount.clone().unwrap_or_else(|| dir.join("mnt"));
+        let host = mirror::start(&dir.join("mirror"), &mount, &args.limits, repository).await?;
+        self.host = Some(host.clone());
+        let proxy = Proxy::start(ProxyOptions::new(dir.join("vms"), address.clone()))?;
         self.proxy = Some(proxy.clone());
         let router = server_builder()
             .add_service(blobcr_metadata::service(metadata))
@@ -114,17 +123,18 @@ impl Roles {
             .add_service(proxy.service())
             .add_service(Described::new("up").service());
         self.services.push(Served::start(router, listener));
-        Ok(())
+        self.address = address;
+        Ok(host)
     }
 
     /// Says that everything is ready, and returns when it is to stop.
     async fn serve(
         &self,
         dir: &Path,
+        host: &Host,
         interrupts: Interrupts,
         output: Output,
     ) -> anyhow::Result<()> {
-        let host = self.host.as_ref().context("the mirror has not been started")?;
         let endpoint = EndpointFile::publish(dir, &self.address)
             .with_context(|| format!("cannot write to {}", dir.display()))?;
         let mount = Some(host.mount_point().display().to_string());
