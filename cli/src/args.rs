@@ -196,6 +196,9 @@ pub enum DiskCommand {
     },
 }
 
+/// Who holds a pin that names nobody.
+const OPERATOR: &str = "operator";
+
 #[derive(Debug, Subcommand)]
 pub enum SnapshotCommand {
     /// Lists the snapshots of an image
@@ -220,6 +223,24 @@ pub enum SnapshotCommand {
         #[arg(value_name = "IMAGE@N", value_parser = parse_snapshot)]
         snapshot: ImageSpec,
     },
+    /// Keeps a snapshot and its image from being removed
+    Pin {
+        #[arg(value_name = "IMAGE@N", value_parser = parse_snapshot)]
+        snapshot: ImageSpec,
+        /// Who needs it: each holder has a pin of its own
+        #[arg(long, default_value = OPERATOR)]
+        holder: String,
+    },
+    /// Takes a pin away
+    Unpin {
+        #[arg(value_name = "IMAGE@N", value_parser = parse_snapshot)]
+        snapshot: ImageSpec,
+        /// Whose pin; `snapshot pins` shows them
+        #[arg(long, default_value = OPERATOR)]
+        holder: String,
+    },
+    /// Lists what is pinned, and by whom: attached disks pin what they need
+    Pins,
 }
 
 #[derive(Debug, Subcommand)]

@@ -159,6 +159,9 @@ pass_on! {
     list_snapshots(v1::ListSnapshotsRequest) -> v1::ListSnapshotsResponse;
     wait_snapshot(v1::WaitSnapshotRequest) -> v1::Snapshot;
     remove_snapshot(v1::SnapshotRef) -> v1::Snapshot;
+    pin_snapshot(v1::PinSnapshotRequest) -> v1::Pin;
+    unpin_snapshot(v1::UnpinSnapshotRequest) -> v1::UnpinSnapshotResponse;
+    list_pins(v1::ListPinsRequest) -> v1::ListPinsResponse;
     acquire_lease(v1::AcquireLeaseRequest) -> v1::Lease;
     renew_lease(v1::RenewLeaseRequest) -> v1::Lease;
     release_lease(v1::ReleaseLeaseRequest) -> v1::ReleaseLeaseResponse;

@@ -82,6 +82,15 @@ pub trait Catalog: Send + Sync + 'static {
     ) -> Result<v1::Snapshot, CatalogError>;
     async fn remove_snapshot(&self, request: v1::SnapshotRef)
     -> Result<v1::Snapshot, CatalogError>;
+    async fn pin_snapshot(&self, request: v1::PinSnapshotRequest) -> Result<v1::Pin, CatalogError>;
+    async fn unpin_snapshot(
+        &self,
+        request: v1::UnpinSnapshotRequest,
+    ) -> Result<v1::UnpinSnapshotResponse, CatalogError>;
+    async fn list_pins(
+        &self,
+        request: v1::ListPinsRequest,
+    ) -> Result<v1::ListPinsResponse, CatalogError>;
     async fn acquire_lease(
         &self,
         request: v1::AcquireLeaseRequest,

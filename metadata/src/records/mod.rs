@@ -18,6 +18,7 @@ mod image_name;
 mod lease;
 mod lease_work;
 mod node;
+mod pin;
 mod placement;
 mod pool;
 mod pool_name;
@@ -32,6 +33,7 @@ pub use image_name::ImageNameRecord;
 pub use lease::LeaseRecord;
 pub use lease_work::LeaseWorkRecord;
 pub use node::{NodeRecord, check_node_id};
+pub use pin::{HOLDER_BYTES_MAX, PinRecord, check_holder};
 pub use placement::{PART_ROWS, PlacementPartRecord, PlacementRecord, TABLE_NODES_MAX};
 pub use pool::PoolRecord;
 pub use pool_name::PoolNameRecord;
@@ -64,6 +66,7 @@ use crate::store::Key;
 /// | `Lease` | lease id, 8 | [`LeaseRecord`] |
 /// | `LeaseWork` | lease id, 8; image id, 8; number, 8 | [`LeaseWorkRecord`] |
 /// | `Removal` | image id, 8 | [`RemovalRecord`] |
+/// | `Pin` | image id, 8; number, 8; holder | [`PinRecord`] |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum KeyKind {
@@ -95,6 +98,8 @@ pub enum KeyKind {
     LeaseWork = 13,
     /// A removed image whose snapshots are not all marked yet.
     Removal = 14,
+    /// A snapshot that somebody needs.
+    Pin = 15,
 }
 
 /// A stored value that is not what it should be.

@@ -178,7 +178,7 @@ proptest! {
         comes_back(&NodeRecord {
             id: text.replace('+', "-").chars().take(64).collect(),
             address: other.clone(),
-            domain: text,
+            domain: text.clone(),
             registered_unix_ms: c,
         })?;
         comes_back(&LeaseRecord {
@@ -186,6 +186,9 @@ proptest! {
         })?;
         comes_back(&LeaseWorkRecord { lease_id: a, image_id: b, number: c })?;
         comes_back(&RemovalRecord { image_id: a, marked: b })?;
+        comes_back(&PinRecord {
+            image_id: a, number: b, holder: text.clone(), image: text.clone(), created_unix_ms: c,
+        })?;
     }
 
     #[test]
@@ -365,6 +368,13 @@ fn golden_records_of_version_1() {
         }),
         line(&LeaseWorkRecord { lease_id: 0x1122_3344_5566_7788, image_id: 7, number: 3 }),
         line(&RemovalRecord { image_id: 7, marked: 2 }),
+        line(&PinRecord {
+            image_id: 7,
+            number: 3,
+            holder: "host/disk".to_owned(),
+            image: "base".to_owned(),
+            created_unix_ms: 1_700_000_000_003,
+        }),
     ];
     let found = lines.concat();
     assert_eq!(found, include_str!("../../golden/records-v1.txt"), "this program writes:\n{found}");

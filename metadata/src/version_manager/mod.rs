@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`images`] | create, find, list, clone, remove |
 //! | [`snapshots`] | begin, publish, fail, wait, remove |
+//! | [`pins`] | who needs a snapshot, so that it is not removed |
 //! | [`leases`] | a writer's promise to be alive, and what happens when it is broken |
 //! | [`pools`], [`nodes`] | redundancy, membership |
 //! | [`placement`] | which nodes hold a partition |
@@ -34,6 +35,7 @@ use crate::store::{Expect, Key, MetaStore, Swap, Version};
 pub mod images;
 pub mod leases;
 pub mod nodes;
+pub mod pins;
 pub mod placement;
 pub mod pools;
 pub mod sets;

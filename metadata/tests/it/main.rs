@@ -8,6 +8,7 @@ mod flaky;
 mod images;
 mod leases;
 mod model;
+mod pins;
 mod placement;
 mod races;
 mod service;

@@ -202,6 +202,9 @@ catalog_of! {
     get_snapshot(v1::SnapshotRef) -> v1::Snapshot, Safe;
     list_snapshots(v1::ListSnapshotsRequest) -> v1::ListSnapshotsResponse, Safe;
     remove_snapshot(v1::SnapshotRef) -> v1::Snapshot, Safe;
+    pin_snapshot(v1::PinSnapshotRequest) -> v1::Pin, Safe;
+    unpin_snapshot(v1::UnpinSnapshotRequest) -> v1::UnpinSnapshotResponse, Safe;
+    list_pins(v1::ListPinsRequest) -> v1::ListPinsResponse, Safe;
     acquire_lease(v1::AcquireLeaseRequest) -> v1::Lease, Unsafe;
     renew_lease(v1::RenewLeaseRequest) -> v1::Lease, Safe;
     release_lease(v1::ReleaseLeaseRequest) -> v1::ReleaseLeaseResponse, Safe;

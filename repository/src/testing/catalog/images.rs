@@ -18,6 +18,8 @@ pub(super) struct ImageRecord {
 #[derive(Debug, Default)]
 pub(super) struct Images {
     pub(super) by_id: ById<u64, ImageRecord>,
+    /// By image, snapshot and holder.
+    pub(super) pins: ById<(u64, u64, String), v1::Pin>,
 }
 
 impl Images {
@@ -131,6 +133,7 @@ impl Images {
 
     pub(super) fn remove(&mut self, image: &v1::ImageRef) -> Answer<v1::RemoveImageResponse> {
         let id = self.id_of(image)?;
+        self.check_unpinned(|pinned, _| pinned == id)?;
         let record = self.record_mut(id)?;
         record.removed = true;
         for snapshot in record.snapshots.values_mut() {

@@ -2,6 +2,7 @@
 
 mod images;
 mod leases;
+mod pins;
 mod pools;
 mod sets;
 mod snapshots;
@@ -163,6 +164,9 @@ catalog_of! {
     list_snapshots(ListSnapshotsRequest) -> ListSnapshotsResponse:
         |s, r| s.images.list_snapshots(&r);
     remove_snapshot(SnapshotRef) -> Snapshot: |s, r| s.images.remove_snapshot(&r);
+    pin_snapshot(PinSnapshotRequest) -> Pin: |s, r| s.images.pin(r);
+    unpin_snapshot(UnpinSnapshotRequest) -> UnpinSnapshotResponse: |s, r| Ok(s.images.unpin(&r));
+    list_pins(ListPinsRequest) -> ListPinsResponse: |s, r| Ok(s.images.list_pins(&r));
     acquire_lease(AcquireLeaseRequest) -> Lease: |s, r| s.leases.acquire(&r);
     renew_lease(RenewLeaseRequest) -> Lease: |s, r| s.leases.renew(r.lease_id);
     release_lease(ReleaseLeaseRequest) -> ReleaseLeaseResponse: |s, r| {

@@ -165,6 +165,7 @@ impl Images {
 
     pub(super) fn remove_snapshot(&mut self, wanted: &v1::SnapshotRef) -> Answer<v1::Snapshot> {
         let found = self.snapshot(wanted)?;
+        self.check_unpinned(|id, number| (id, number) == (found.image_id, found.number))?;
         let record = self.record_mut(found.image_id)?;
         let latest = record.image.latest;
         let snapshot = snapshot_of(record, found.number)?;
