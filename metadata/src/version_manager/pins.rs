@@ -10,7 +10,7 @@ use blobcr_proto::v1::SnapshotState;
 
 use super::{RecordSwap, VersionManager, list_limit, until_won};
 use crate::error::Error;
-use crate::records::{KeyKind, PinRecord, Record, check_holder, prefix_of};
+use crate::records::{KeyKind, PinRecord, check_holder, prefix_of};
 use crate::store::{Key, Swap};
 
 impl VersionManager {
@@ -49,10 +49,7 @@ impl VersionManager {
             image: image.value.name.clone(),
             created_unix_ms: self.now(),
         };
-        let swap = Swap::new()
-            .update(&image, &image.value)
-            .unchanged(&snapshot)
-            .create(&pin);
+        let swap = Swap::new().update(&image, &image.value).unchanged(&snapshot).create(&pin);
         self.store.swap(swap).await?;
         Ok(pin.to_wire())
     }

@@ -246,7 +246,7 @@ fn pins_that_a_crash_left_or_an_older_version_never_made_are_settled_at_start() 
         world.block_on(catalog.pin_snapshot(request)).unwrap();
     }
     let _mirror = world.start();
-    let settled = [("vm@1", "d"), ("vm@1", "old")].map(|(s, d)| (s.to_owned(), d.to_owned()));
+    let settled = [("vm@1", "old"), ("vm@1", "d")].map(|(s, d)| (s.to_owned(), d.to_owned()));
     eventually("its own pins are settled, another's left alone", || pins(&world) == settled);
 }
 
