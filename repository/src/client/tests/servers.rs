@@ -228,6 +228,9 @@ metadata_of! {
     list_snapshots(ListSnapshotsRequest) -> ListSnapshotsResponse;
     wait_snapshot(WaitSnapshotRequest) -> Snapshot;
     remove_snapshot(SnapshotRef) -> Snapshot;
+    pin_snapshot(PinSnapshotRequest) -> Pin;
+    unpin_snapshot(UnpinSnapshotRequest) -> UnpinSnapshotResponse;
+    list_pins(ListPinsRequest) -> ListPinsResponse;
     acquire_lease(AcquireLeaseRequest) -> Lease;
     renew_lease(RenewLeaseRequest) -> Lease;
     release_lease(ReleaseLeaseRequest) -> ReleaseLeaseResponse;
