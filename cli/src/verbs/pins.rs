@@ -18,16 +18,27 @@ pub(super) async fn add(
     output.data(&PinView::from(pin), |pin| format!("{}@{} is pinned\n", pin.image, pin.snapshot))
 }
 
+/// What is pinned no more, at least not by this holder.
+#[derive(Debug, serde::Serialize)]
+struct UnpinnedView {
+    image: String,
+    snapshot: u64,
+    holder: String,
+    state: &'static str,
+}
+
 pub(super) async fn remove(
     repository: &Repository,
     snapshot: &ImageSpec,
     holder: String,
+    output: Output,
 ) -> anyhow::Result<()> {
     let found = repository.catalog().get_snapshot(snapshot_ref(snapshot)).await?;
-    let v1::Snapshot { image_id, number, .. } = found;
-    let request = v1::UnpinSnapshotRequest { image_id, number, holder };
+    let v1::Snapshot { image_id, image, number, .. } = found;
+    let request = v1::UnpinSnapshotRequest { image_id, number, holder: holder.clone() };
     repository.catalog().unpin_snapshot(request).await?;
-    Ok(())
+    let view = UnpinnedView { image, snapshot: number, holder, state: "unpinned" };
+    output.data(&view, |_| String::new())
 }
 
 pub(super) async fn list(repository: &Repository, output: Output) -> anyhow::Result<()> {

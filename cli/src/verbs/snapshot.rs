@@ -40,7 +40,7 @@ pub async fn run(
             pins::add(&repository, &snapshot, holder, output).await
         }
         SnapshotCommand::Unpin { snapshot, holder } => {
-            pins::remove(&repository, &snapshot, holder).await
+            pins::remove(&repository, &snapshot, holder, output).await
         }
         SnapshotCommand::Pins => pins::list(&repository, output).await,
     }
