@@ -2,7 +2,7 @@
 //! version's head names the nodes, and parts of that version, which never change, hold the rows.
 
 use super::{KeyBuilder, KeyKind, Record};
-use crate::policy::POLICY_NODES_MAX;
+use blobcr_proto::policy::POLICY_NODES_MAX;
 use crate::store::Key;
 
 /// Nodes of one pool's table at most: their ids fit one record, and their index two bytes.

@@ -3,7 +3,7 @@
 use blobcr_proto::{PoolName, v1};
 
 use super::{KeyBuilder, KeyKind, Record};
-use crate::policy::{Compression, Policy};
+use blobcr_proto::policy::{Compression, Policy};
 use crate::store::Key;
 
 /// A set of repository nodes with one redundancy policy.

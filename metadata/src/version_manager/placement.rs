@@ -6,7 +6,7 @@ use blobcr_proto::v1;
 
 use super::{RecordSwap, VersionManager, mix64, until_won};
 use crate::error::Error;
-use crate::policy::Policy;
+use blobcr_proto::policy::Policy;
 use crate::records::{
     KeyKind, NodeRecord, PART_ROWS, PlacementPartRecord, PlacementRecord, PoolRecord, Record,
     TABLE_NODES_MAX, prefix_of,

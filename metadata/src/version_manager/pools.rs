@@ -4,7 +4,7 @@ use blobcr_proto::{PoolName, v1};
 
 use super::{Held, RecordSwap, VersionManager, until_won};
 use crate::error::Error;
-use crate::policy::{Compression, Policy};
+use blobcr_proto::policy::{Compression, Policy};
 use crate::records::{Counter, KeyKind, PoolNameRecord, PoolRecord, prefix_of};
 use crate::store::Swap;
 

@@ -8,14 +8,15 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blobcr_proto::Hash;
+use blobcr_proto::policy::{Compression, Policy};
 use blobcr_proto::v1::{self, RecordKind};
 use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::ConnectOptions;
 use super::link::{Links, NodeLink};
-use crate::compression::{Compression, Compressor};
-use crate::placement::{Placement, Policy};
+use crate::compression::Compressor;
+use crate::placement::Placement;
 use crate::repository::PoolOpener;
 use crate::{Catalog, CatalogError, Object, ObjectStore, StoreError, Stored};
 
