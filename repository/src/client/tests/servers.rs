@@ -240,6 +240,9 @@ metadata_of! {
     add_to_set(AddToSetRequest) -> CheckpointSet;
     list_sets(ListSetsRequest) -> ListSetsResponse;
     latest_set(LatestSetRequest) -> CheckpointSet;
+    report_debt(ReportDebtRequest) -> ReportDebtResponse;
+    list_debt(ListDebtRequest) -> ListDebtResponse;
+    settle_debt(SettleDebtRequest) -> SettleDebtResponse;
 }
 
 /// A metadata server over a catalog that it may share with others.
