@@ -59,6 +59,14 @@ pub struct Whole {
     crc32c: u32,
 }
 
+impl Whole {
+    /// Bytes that come out in the end.
+    #[must_use]
+    pub const fn bytes(&self) -> usize {
+        self.plain_len as usize
+    }
+}
+
 /// One shard, checked as far as it can be by itself.
 #[derive(Debug, Clone)]
 pub struct Shard {
@@ -75,6 +83,14 @@ pub struct Stripe {
     parity: u8,
     /// Kept, because it holds the matrices of what was rebuilt lately.
     code: ReedSolomon,
+}
+
+impl Shard {
+    /// The key of the record that holds it.
+    #[must_use]
+    pub const fn key(&self) -> RecordKey {
+        RecordKey { kind: self.whole.kind, id: self.whole.id, shard: self.number }
+    }
 }
 
 impl std::fmt::Debug for Stripe {
@@ -158,8 +174,7 @@ impl Stripe {
     /// When its checksum does not match, or it is no shard of this pool's policy.
     pub fn open(&self, record: &v1::Record) -> Result<Shard, ShardError> {
         let key = check_payload(record)?;
-        let malformed =
-            |detail| ShardError::Malformed { id: key.id, shard: key.shard, detail };
+        let malformed = |detail| ShardError::Malformed { id: key.id, shard: key.shard, detail };
         let (header, _) = record
             .payload
             .split_first_chunk::<HEADER_LEN>()
