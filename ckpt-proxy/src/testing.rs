@@ -405,6 +405,9 @@ metadata! {
     register_node: RegisterNodeRequest => Node,
     list_nodes: ListNodesRequest => ListNodesResponse,
     get_placement: PoolRef => PlacementTable,
+    report_debt: ReportDebtRequest => ReportDebtResponse,
+    list_debt: ListDebtRequest => ListDebtResponse,
+    settle_debt: SettleDebtRequest => SettleDebtResponse,
     list_sets: ListSetsRequest => ListSetsResponse,
     latest_set: LatestSetRequest => CheckpointSet,
 }

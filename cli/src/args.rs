@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use blobcr_metadata::policy::{Policy, PolicyError};
 use blobcr_proto::name::parse_snapshot_number;
+use blobcr_proto::policy::{Policy, PolicyError};
 use blobcr_proto::{DiskName, ImageName, ImageSpec, PoolName, VmName};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -263,8 +263,8 @@ pub enum PoolCommand {
     /// Makes a pool
     Create {
         pool: PoolName,
-        /// `replica:N`: every chunk on N nodes
-        #[arg(long, value_parser = supported_policy)]
+        /// `replica:N`: every chunk on N nodes; `ec:K+M`: K data and M parity shards of it
+        #[arg(long, value_parser = parse_policy)]
         policy: String,
         /// off, lz4, zstd or adaptive
         #[arg(long, default_value = "adaptive")]
@@ -296,7 +296,7 @@ pub struct UpArgs {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub nodes: Option<u32>,
     /// Redundancy of the pool `default`, which the first start makes [default: replica:1]
-    #[arg(long, value_name = "POLICY", value_parser = supported_policy)]
+    #[arg(long, value_name = "POLICY", value_parser = parse_policy)]
     pub pool: Option<String>,
     /// Where images and disks show [default: DIR/mnt]
     #[arg(long)]
@@ -340,7 +340,7 @@ pub struct MetadataArgs {
     #[arg(long, default_value = "sled", value_parser = ["sled"])]
     pub store: String,
     /// Redundancy of the pool `default`, which the first start makes [default: replica:1]
-    #[arg(long, value_name = "POLICY", value_parser = supported_policy)]
+    #[arg(long, value_name = "POLICY", value_parser = parse_policy)]
     pub pool: Option<String>,
 }
 
@@ -406,14 +406,9 @@ fn parse_at_number(text: &str) -> Result<u64, String> {
     parse_snapshot_number(text.strip_prefix('@').unwrap_or(text)).map_err(|e| e.to_string())
 }
 
-/// A policy that this version can serve: pools are for ever, so an unusable one is never made.
-fn supported_policy(text: &str) -> Result<String, String> {
-    match text.parse().map_err(|e: PolicyError| e.to_string())? {
-        Policy::Replica(_) => Ok(text.to_owned()),
-        Policy::Erasure { .. } => {
-            Err(format!("{text}: this version has no erasure coding yet; write replica:N"))
-        }
-    }
+/// Pools are for ever: one with an unusable policy is never made.
+fn parse_policy(text: &str) -> Result<String, PolicyError> {
+    text.parse::<Policy>().map(|policy| policy.to_string())
 }
 
 #[cfg(test)]
@@ -461,6 +456,7 @@ mod tests {
             "vm remove v",
             "node list",
             "pool create p --policy replica:3",
+            "pool create p --policy ec:4+2",
             "pool list",
             "status --json --endpoint 127.0.0.1:1",
             "doctor",
@@ -491,7 +487,7 @@ mod tests {
 
     #[test]
     fn policies_that_cannot_be_served_are_usage_errors() {
-        for policy in ["ec:4+2", "replica:0", "raid:1"] {
+        for policy in ["ec:4+9", "ec:1+1", "replica:0", "raid:1"] {
             for line in
                 [format!("pool create p --policy {policy}"), format!("up --dir d --pool {policy}")]
             {

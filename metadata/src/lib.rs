@@ -17,7 +17,6 @@
 pub mod clock;
 pub mod directory;
 pub mod error;
-pub mod policy;
 pub mod records;
 pub mod service;
 pub mod store;

@@ -171,6 +171,9 @@ pass_on! {
     register_node(v1::RegisterNodeRequest) -> v1::Node;
     list_nodes(v1::ListNodesRequest) -> v1::ListNodesResponse;
     get_placement(v1::PoolRef) -> v1::PlacementTable;
+    report_debt(v1::ReportDebtRequest) -> v1::ReportDebtResponse;
+    list_debt(v1::ListDebtRequest) -> v1::ListDebtResponse;
+    settle_debt(v1::SettleDebtRequest) -> v1::SettleDebtResponse;
     add_to_set(v1::AddToSetRequest) -> v1::CheckpointSet;
     list_sets(v1::ListSetsRequest) -> v1::ListSetsResponse;
     latest_set(v1::LatestSetRequest) -> v1::CheckpointSet;

@@ -116,6 +116,18 @@ pub trait Catalog: Send + Sync + 'static {
     ) -> Result<v1::ListNodesResponse, CatalogError>;
     async fn get_placement(&self, request: v1::PoolRef)
     -> Result<v1::PlacementTable, CatalogError>;
+    async fn report_debt(
+        &self,
+        request: v1::ReportDebtRequest,
+    ) -> Result<v1::ReportDebtResponse, CatalogError>;
+    async fn list_debt(
+        &self,
+        request: v1::ListDebtRequest,
+    ) -> Result<v1::ListDebtResponse, CatalogError>;
+    async fn settle_debt(
+        &self,
+        request: v1::SettleDebtRequest,
+    ) -> Result<v1::SettleDebtResponse, CatalogError>;
     async fn add_to_set(
         &self,
         request: v1::AddToSetRequest,

@@ -35,7 +35,7 @@ struct StatusView {
     capacity_bytes: u64,
     free_bytes: u64,
     live_bytes: u64,
-    /// Chunks with fewer good copies than their pool promises; null when nodes are down that may
+    /// Chunks with fewer good copies than their pool promises, also those that writers reported; null when nodes are down that may
     /// hold the only copies.
     degraded_chunks: Option<u64>,
     /// The progress of a repair; null while none runs.

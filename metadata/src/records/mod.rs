@@ -13,6 +13,7 @@
 //! The key is part of the checksum, so a value that strayed to another key is found.
 
 mod counter;
+mod debt;
 mod image;
 mod image_name;
 mod lease;
@@ -28,6 +29,7 @@ mod set_vm;
 mod snapshot;
 
 pub use counter::{Counter, CounterRecord};
+pub use debt::DebtRecord;
 pub use image::ImageRecord;
 pub use image_name::ImageNameRecord;
 pub use lease::LeaseRecord;
@@ -66,6 +68,7 @@ use crate::store::Key;
 /// | `Lease` | lease id, 8 | [`LeaseRecord`] |
 /// | `LeaseWork` | lease id, 8; image id, 8; number, 8 | [`LeaseWorkRecord`] |
 /// | `Removal` | image id, 8 | [`RemovalRecord`] |
+/// | `Debt` | pool id, 4; partition, 4 | [`DebtRecord`] |
 /// | `Pin` | image id, 8; number, 8; holder | [`PinRecord`] |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -98,8 +101,10 @@ pub enum KeyKind {
     LeaseWork = 13,
     /// A removed image whose snapshots are not all marked yet.
     Removal = 14,
+    /// What a partition owes to its pool's policy.
+    Debt = 15,
     /// A snapshot that somebody needs.
-    Pin = 15,
+    Pin = 24,
 }
 
 /// A stored value that is not what it should be.

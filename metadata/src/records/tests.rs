@@ -189,6 +189,7 @@ proptest! {
         comes_back(&PinRecord {
             image_id: a, number: b, holder: text.clone(), image: text.clone(), created_unix_ms: c,
         })?;
+        comes_back(&DebtRecord { pool: n, partition: n % 1024, objects: a, since_unix_ms: b })?;
     }
 
     #[test]
@@ -273,18 +274,21 @@ fn a_record_that_breaks_the_rules_is_refused() {
     refused(&ImageNameRecord { name: "../x".to_owned(), image_id: 7 });
     refused(&ImageNameRecord { name: "x".to_owned(), image_id: 0 });
     refused(&SetVmRecord { group: "g".to_owned(), vm: "v".to_owned(), ..Default::default() });
+    refused(&DebtRecord { pool: 1, partition: 1 << 16, objects: 1, since_unix_ms: 0 });
+    refused(&DebtRecord { pool: 1, partition: 1, objects: 0, since_unix_ms: 0 });
     refused(&PlacementPartRecord { pool: 1, version: 1, part: 0, rows: vec![u32::MAX] });
+}
+
+fn line<R: Record>(record: &R) -> String {
+    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let stored = encode(record);
+    assert_eq!(decode::<R>(&record.key(), &stored).as_ref(), Ok(record));
+    format!("{:?} {} {}\n", R::KIND, hex(record.key().as_slice()), hex(&stored))
 }
 
 /// One record of each kind, as version 1 of this program wrote it.
 #[test]
 fn golden_records_of_version_1() {
-    fn line<R: Record>(record: &R) -> String {
-        let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
-        let stored = encode(record);
-        assert_eq!(decode::<R>(&record.key(), &stored).as_ref(), Ok(record));
-        format!("{:?} {} {}\n", R::KIND, hex(record.key().as_slice()), hex(&stored))
-    }
     let root = v1::TreeRoot {
         size_bytes: 10 << 30,
         chunk_size: 256 << 10,
@@ -378,4 +382,19 @@ fn golden_records_of_version_1() {
     ];
     let found = lines.concat();
     assert_eq!(found, include_str!("../../golden/records-v1.txt"), "this program writes:\n{found}");
+}
+
+/// What membership, placement that moves and debt have added since; none of it changes what the
+/// first golden file holds.
+#[test]
+fn golden_records_of_members() {
+    let lines = [line(&DebtRecord {
+        pool: 1,
+        partition: 900,
+        objects: 12,
+        since_unix_ms: 1_700_000_000_000,
+    })];
+    let found = lines.concat();
+    let golden = include_str!("../../golden/records-v1-members.txt");
+    assert_eq!(found, golden, "this program writes:\n{found}");
 }

@@ -8,6 +8,7 @@
 //! | [`leases`] | a writer's promise to be alive, and what happens when it is broken |
 //! | [`pools`], [`nodes`] | redundancy, membership |
 //! | [`placement`] | which nodes hold a partition |
+//! | [`debt`] | what was acknowledged with too few copies |
 //! | [`sets`] | checkpoint sets |
 //!
 //! # Invariants
@@ -32,6 +33,7 @@ use crate::error::Error;
 use crate::records::{Counter, CounterRecord, Record, decode, encode};
 use crate::store::{Expect, Key, MetaStore, Swap, Version};
 
+pub mod debt;
 pub mod images;
 pub mod leases;
 pub mod nodes;
@@ -69,6 +71,8 @@ pub struct VersionManager {
     image_ids: Mutex<std::ops::Range<u64>>,
     /// Taken in turn, because all of them change one counter.
     generation_turn: Mutex<()>,
+    /// Taken in turn, because writers that see one failure report the same partitions.
+    debt_turn: Mutex<()>,
     /// Changes of one image's record take turns here, in order of arrival, so that those of this
     /// process do not make each other try again; against other processes only swaps protect.
     image_turns: Vec<Mutex<()>>,
@@ -97,6 +101,7 @@ impl VersionManager {
             started_unix_ms,
             image_ids: Mutex::new(0..0),
             generation_turn: Mutex::new(()),
+            debt_turn: Mutex::new(()),
             image_turns: (0..IMAGE_TURNS).map(|_| Mutex::new(())).collect(),
         }
     }

@@ -6,12 +6,12 @@ use blobcr_proto::v1;
 
 use super::{RecordSwap, VersionManager, mix64, until_won};
 use crate::error::Error;
-use crate::policy::Policy;
 use crate::records::{
     KeyKind, NodeRecord, PART_ROWS, PlacementPartRecord, PlacementRecord, PoolRecord, Record,
     TABLE_NODES_MAX, prefix_of,
 };
 use crate::store::Swap;
+use blobcr_proto::policy::Policy;
 
 /// A node that partitions can be given to.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod concurrent;
+mod debt;
 mod fixture;
 mod flaky;
 mod images;

@@ -214,6 +214,9 @@ catalog_of! {
     register_node(v1::RegisterNodeRequest) -> v1::Node, Safe;
     list_nodes(v1::ListNodesRequest) -> v1::ListNodesResponse, Safe;
     get_placement(v1::PoolRef) -> v1::PlacementTable, Safe;
+    report_debt(v1::ReportDebtRequest) -> v1::ReportDebtResponse, Safe;
+    list_debt(v1::ListDebtRequest) -> v1::ListDebtResponse, Safe;
+    settle_debt(v1::SettleDebtRequest) -> v1::SettleDebtResponse, Safe;
     add_to_set(v1::AddToSetRequest) -> v1::CheckpointSet, Safe;
     list_sets(v1::ListSetsRequest) -> v1::ListSetsResponse, Safe;
     latest_set(v1::LatestSetRequest) -> v1::CheckpointSet, Safe;

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use blobcr_proto::record::{RecordKey, open};
+use blobcr_proto::record::{RecordKey, check_payload, open};
 use blobcr_proto::v1::metadata_server::{Metadata, MetadataServer};
 use blobcr_proto::v1::record_store_server::{RecordStore, RecordStoreServer};
 use blobcr_proto::{MESSAGE_BYTES_MAX, v1};
@@ -91,7 +91,12 @@ impl RecordStore for NodeService {
         let request = request.into_inner();
         let mut answer = v1::PutResponse::default();
         for record in request.records {
-            let (key, _) = open(&record).map_err(|e| Status::invalid_argument(e.to_string()))?;
+            let is_shard = record.r#ref.as_ref().is_some_and(|wire| wire.shard != 0);
+            let key = match is_shard {
+                true => check_payload(&record),
+                false => open(&record).map(|(key, _)| key),
+            }
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
             let mut records = self.0.records.lock().unwrap();
             let bytes = record.payload.len() as u64 + 100;
             if records.insert(key, (record, request.generation)).is_none() {
@@ -243,6 +248,9 @@ metadata_of! {
     add_to_set(AddToSetRequest) -> CheckpointSet;
     list_sets(ListSetsRequest) -> ListSetsResponse;
     latest_set(LatestSetRequest) -> CheckpointSet;
+    report_debt(ReportDebtRequest) -> ReportDebtResponse;
+    list_debt(ListDebtRequest) -> ListDebtResponse;
+    settle_debt(SettleDebtRequest) -> SettleDebtResponse;
 }
 
 /// A metadata server over a catalog that it may share with others.

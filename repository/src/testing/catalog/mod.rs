@@ -1,5 +1,6 @@
 //! A version manager in memory.
 
+mod debt;
 mod images;
 mod leases;
 mod pins;
@@ -18,6 +19,7 @@ use tokio::time::timeout;
 
 use super::Faults;
 use crate::{Catalog, CatalogError};
+use debt::Debts;
 use images::Images;
 use leases::Leases;
 use pools::Pools;
@@ -34,6 +36,7 @@ const LEASES_LOOKED_AT_EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Default)]
 struct State {
+    debts: Debts,
     images: Images,
     leases: Leases,
     pools: Pools,
@@ -180,6 +183,9 @@ catalog_of! {
     register_node(RegisterNodeRequest) -> Node: |s, r| Ok(s.pools.register(r));
     list_nodes(ListNodesRequest) -> ListNodesResponse: |s, _r| Ok(s.pools.nodes());
     get_placement(PoolRef) -> PlacementTable: |s, r| s.pools.placement(&r);
+    report_debt(ReportDebtRequest) -> ReportDebtResponse: |s, r| s.debts.report(&r, &s.pools);
+    list_debt(ListDebtRequest) -> ListDebtResponse: |s, r| Ok(s.debts.list(&r));
+    settle_debt(SettleDebtRequest) -> SettleDebtResponse: |s, r| Ok(s.debts.settle(&r));
     add_to_set(AddToSetRequest) -> CheckpointSet: |s, r| s.sets.add(r, &s.images);
     list_sets(ListSetsRequest) -> ListSetsResponse: |s, r| s.sets.list(&r, &s.images);
     latest_set(LatestSetRequest) -> CheckpointSet: |s, r| s.sets.latest(&r, &s.images);

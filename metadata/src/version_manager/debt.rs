@@ -1,0 +1,103 @@
+//! Debt: what was acknowledged with fewer copies than its pool's policy wants, until it is repaired.
+
+use std::collections::BTreeMap;
+
+use blobcr_proto::v1;
+
+use super::{RecordSwap, VersionManager, list_limit, until_won};
+use crate::error::Error;
+use crate::records::DebtRecord;
+use crate::store::{Expect, StoreError, Swap, Version};
+
+/// Partitions in one swap: well inside what a store takes, and few enough that writers which report
+/// at the same time do not keep each other from it.
+const PARTITIONS_AT_ONCE: usize = 32;
+
+fn describe(pool: u32) -> String {
+    format!("the debt of the pool with the id {pool}")
+}
+
+impl VersionManager {
+    /// Adds to what partitions of a pool owe. Partitions are taken in order, so many in one swap; a
+    /// failure may leave a part noted, and saying the same again only makes the estimate larger.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when there is no such pool, [`Error::Invalid`] for a partition that it
+    /// does not have, or a debt of nothing.
+    pub async fn report_debt(
+        &self,
+        r: v1::ReportDebtRequest,
+    ) -> Result<v1::ReportDebtResponse, Error> {
+        let pool = self.pool_record(&v1::PoolRef { name: String::new(), id: r.pool }).await?.value;
+        let mut owed: BTreeMap<u32, u64> = BTreeMap::new();
+        for debt in &r.partitions {
+            if debt.partition >= pool.partitions || debt.objects == 0 {
+                return Err(Error::invalid(format!(
+                    "pool {:?} has {} partitions, and a debt is of 1 object at least; this is of \
+                     {} in partition {}",
+                    pool.name, pool.partitions, debt.objects, debt.partition
+                )));
+            }
+            let objects = owed.entry(debt.partition).or_default();
+            *objects = objects.saturating_add(debt.objects);
+        }
+        let owed: Vec<(u32, u64)> = owed.into_iter().collect();
+        let _turn = self.debt_turn.lock().await;
+        for some in owed.chunks(PARTITIONS_AT_ONCE) {
+            until_won!(self, describe(pool.id), self.try_report(pool.id, some).await)?;
+        }
+        Ok(v1::ReportDebtResponse {})
+    }
+
+    async fn try_report(&self, pool: u32, owed: &[(u32, u64)]) -> Result<(), Error> {
+        let mut swap = Swap::new();
+        for &(partition, objects) in owed {
+            let new = DebtRecord { pool, partition, objects, since_unix_ms: self.now() };
+            swap = match self.load::<DebtRecord>(DebtRecord::key_of(pool, partition)).await? {
+                None => swap.create(&new),
+                Some(held) => {
+                    let since_unix_ms = held.value.since_unix_ms;
+                    let objects = held.value.objects.saturating_add(objects);
+                    swap.update(&held, &DebtRecord { objects, since_unix_ms, ..new })
+                }
+            };
+        }
+        self.store.swap(swap).await?;
+        Ok(())
+    }
+
+    /// What a pool owes, in order of partition.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when there is no such pool.
+    pub async fn list_debt(&self, r: v1::ListDebtRequest) -> Result<v1::ListDebtResponse, Error> {
+        let pool = self.pool_record(&v1::PoolRef { name: String::new(), id: r.pool }).await?.value;
+        let prefix = DebtRecord::prefix_of(pool.id);
+        let after = r.after.map(|partition| DebtRecord::key_of(pool.id, partition));
+        let (debts, more) =
+            self.page::<DebtRecord>(&prefix, after.as_ref(), list_limit(r.limit)).await?;
+        let debts = debts.iter().map(|debt| debt.value.to_wire(debt.version)).collect();
+        Ok(v1::ListDebtResponse { debts, more })
+    }
+
+    /// Removes the debt of a partition that was repaired as of `revision`. What was reported
+    /// meanwhile stays: the repair may have passed it already.
+    ///
+    /// # Errors
+    /// When the store cannot.
+    pub async fn settle_debt(
+        &self,
+        r: v1::SettleDebtRequest,
+    ) -> Result<v1::SettleDebtResponse, Error> {
+        let key = DebtRecord::key_of(r.pool, r.partition);
+        if self.load::<DebtRecord>(key.clone()).await?.is_none() {
+            return Ok(v1::SettleDebtResponse { settled: true });
+        }
+        let swap = Swap::new().delete(key, Expect::Version(Version(r.revision)));
+        match self.store.swap(swap).await {
+            Ok(_) => Ok(v1::SettleDebtResponse { settled: true }),
+            Err(StoreError::Conflict { .. }) => Ok(v1::SettleDebtResponse { settled: false }),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
