@@ -17,6 +17,9 @@
 pub mod clock;
 pub mod directory;
 pub mod error;
+mod format;
+#[cfg(feature = "etcd")]
+pub mod migrate;
 pub mod policy;
 pub mod records;
 pub mod service;
@@ -25,4 +28,6 @@ pub mod tasks;
 pub mod version_manager;
 
 pub use error::Error;
+#[cfg(feature = "etcd")]
+pub use service::open_etcd;
 pub use service::{MetadataService, OpenError, Options, open, service};

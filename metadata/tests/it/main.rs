@@ -3,10 +3,12 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod concurrent;
+mod etcd;
 mod fixture;
 mod flaky;
 mod images;
 mod leases;
+mod migrate;
 mod model;
 mod pins;
 mod placement;
