@@ -1,7 +1,10 @@
 //! What the command line may say.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
+#[cfg(feature = "etcd")]
+use blobcr_metadata::store::etcd::{EtcdTarget, TargetError};
 use blobcr_proto::name::parse_snapshot_number;
 use blobcr_proto::policy::{Policy, PolicyError};
 use blobcr_proto::{DiskName, ImageName, ImageSpec, PoolName, VmName};
@@ -25,8 +28,8 @@ pub struct Cli {
 /// Options of every verb.
 #[derive(Debug, Clone, Args)]
 pub struct Global {
-    /// Where the repository is: the address of a metadata server or of a mirror, or the
-    /// directory of a `blobcr up` on this machine
+    /// Where the repository is: the address of a metadata server (or of several, comma-separated) or
+    /// of a mirror, or the directory of a `blobcr up` on this machine
     #[arg(long, global = true, env = "BLOBCR_ENDPOINT", value_name = "ADDR|DIR")]
     pub endpoint: Option<String>,
     /// One JSON object or array on stdout
@@ -79,7 +82,11 @@ impl Command {
     pub const fn is_role(&self) -> bool {
         matches!(
             self,
-            Self::Up(_) | Self::Metadata(_) | Self::RepoNode(_) | Self::Mirror(_) | Self::Proxy(_)
+            Self::Up(_)
+                | Self::Metadata(MetadataArgs { command: None, .. })
+                | Self::RepoNode(_)
+                | Self::Mirror(_)
+                | Self::Proxy(_)
         )
     }
 }
@@ -329,19 +336,65 @@ pub struct MirrorLimits {
 const REPOSITORY_WAIT_S: u64 = 24 * 3600;
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct MetadataArgs {
+    #[command(subcommand)]
+    pub command: Option<MetadataCommand>,
+    #[command(flatten)]
+    pub server: Option<MetadataServerArgs>,
+}
+
+#[derive(Debug, Args)]
+pub struct MetadataServerArgs {
     /// Address to serve at; port 0 takes a free one
     #[arg(long, value_name = "ADDR")]
     pub listen: String,
-    /// Where the records are kept; made if it is missing
+    /// Where the records are kept with `--store sled`; made if it is missing
     #[arg(long)]
-    pub dir: PathBuf,
-    /// The store behind it
-    #[arg(long, default_value = "sled", value_parser = ["sled"])]
-    pub store: String,
+    pub dir: Option<PathBuf>,
+    /// The store behind it: `sled`, or `etcd:URL,URL,…[#NAME]` for any number of servers
+    #[arg(long, default_value = "sled")]
+    pub store: MetadataStore,
     /// Redundancy of the pool `default`, which the first start makes [default: replica:1]
     #[arg(long, value_name = "POLICY", value_parser = parse_policy)]
     pub pool: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum MetadataCommand {
+    /// Moves the records of a directory to an etcd, where several servers can use them
+    Migrate {
+        /// The directory of the metadata server, which must not run
+        #[arg(long, value_name = "DIR")]
+        from: PathBuf,
+        /// `etcd:URL,URL,…[#NAME]`: a repository that is not there yet
+        #[arg(long, value_name = "STORE")]
+        to: MetadataStore,
+    },
+}
+
+/// Where a metadata server keeps its records.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MetadataStore {
+    /// In a directory of its own.
+    Sled,
+    /// In an etcd, with others.
+    #[cfg(feature = "etcd")]
+    Etcd(EtcdTarget),
+}
+
+impl FromStr for MetadataStore {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "sled" => Ok(Self::Sled),
+            #[cfg(feature = "etcd")]
+            _ => text.parse().map(Self::Etcd).map_err(|e: TargetError| e.to_string()),
+            #[cfg(not(feature = "etcd"))]
+            _ => Err(format!("{text:?} is no store of this program, which was built without etcd")),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -461,6 +514,11 @@ mod tests {
             "status --json --endpoint 127.0.0.1:1",
             "doctor",
             "metadata --listen 127.0.0.1:0 --dir d --store sled",
+            "metadata --listen 127.0.0.1:0 --dir d",
+            #[cfg(feature = "etcd")]
+            "metadata --listen 127.0.0.1:0 --store etcd:http://a:1,http://b:2 --pool replica:2",
+            #[cfg(feature = "etcd")]
+            "metadata migrate --from d --to etcd:http://a:1#name",
             "repo-node --listen 127.0.0.1:0 --dir d --metadata a:1,b:2 --domain rack1",
             "mirror --listen 127.0.0.1:0 --dir d --metadata a:1 --mount m",
             "proxy --mirror a:1 --sockets d",
@@ -494,6 +552,21 @@ mod tests {
                 let error = parse(&line).expect_err(&line);
                 assert_eq!(error.exit_code(), 2, "{line}: {error}");
             }
+        }
+    }
+
+    #[test]
+    fn a_metadata_server_needs_an_address_and_a_store_that_is_one() {
+        for line in [
+            "metadata",
+            "metadata --dir d",
+            "metadata --listen a:1 --store zookeeper",
+            "metadata --listen a:1 --store etcd:",
+            "metadata migrate --from d",
+            "metadata --listen a:1 migrate --from d --to etcd:a:1",
+        ] {
+            let error = parse(line).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}: {error}");
         }
     }
 

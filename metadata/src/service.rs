@@ -11,6 +11,8 @@ use tonic::{Request, Response, Status};
 use crate::clock::{Clock, Entropy, SystemClock, SystemEntropy};
 use crate::directory::{Directory, DirectoryError};
 use crate::error::Error;
+#[cfg(feature = "etcd")]
+use crate::store::etcd::{EtcdOpenError, EtcdStore, EtcdTarget};
 use crate::store::sled::{SledOpenError, SledStore};
 use crate::store::{MetaStore, Retry};
 use crate::tasks::Tasks;
@@ -40,6 +42,10 @@ pub enum OpenError {
     /// Its store cannot be opened.
     #[error(transparent)]
     Store(#[from] SledOpenError),
+    /// Its etcd cannot be opened.
+    #[cfg(feature = "etcd")]
+    #[error(transparent)]
+    Etcd(#[from] EtcdOpenError),
 }
 
 /// The service; cheap to clone. It lets go of its directory when the last clone is dropped.
@@ -57,6 +63,20 @@ pub struct MetadataService {
 pub async fn open(dir: &Path, options: Options) -> Result<MetadataService, OpenError> {
     let directory = Directory::open(dir)?;
     let store = SledStore::open(&directory.store()).await?.holding(directory);
+    Ok(MetadataService::over(Arc::new(store), options))
+}
+
+/// Opens the service over an etcd, which any number of others may use at the same time. Must be
+/// called on a tokio runtime.
+///
+/// # Errors
+/// When no member answers, or what is there may not be used.
+#[cfg(feature = "etcd")]
+pub async fn open_etcd(
+    target: &EtcdTarget,
+    options: Options,
+) -> Result<MetadataService, OpenError> {
+    let store = EtcdStore::open(target).await?;
     Ok(MetadataService::over(Arc::new(store), options))
 }
 

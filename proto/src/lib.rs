@@ -32,7 +32,7 @@ pub mod v1 {
 }
 
 pub use hash::Hash;
-pub use name::{DiskName, ImageName, ImageSpec, PoolName, VmName};
+pub use name::{DiskName, ImageName, ImageSpec, PoolName, RepositoryName, VmName};
 pub use units::{ByteRange, ChunkSize, SECTOR_SIZE};
 
 /// The largest gRPC message that any part sends or accepts, in bytes: one 4 MiB chunk, twice over

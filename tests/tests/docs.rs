@@ -193,6 +193,7 @@ fn every_option_of_a_page_is_in_the_help() {
         "status",
         "doctor",
         "metadata",
+        "metadata migrate",
         "repo-node",
         "mirror",
         "proxy",

@@ -22,9 +22,11 @@
 //!   [`VersionManager::expire_leases`] take it up again.
 //!
 //! *Deliberately absent:* memory of anything that is stored. Only blocks of image ids that nobody
-//! else will get are kept.
+//! else will get are kept, and since when leases could be renewed, which decides about nothing but
+//! how early this process ends them.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use tokio::sync::{Mutex, MutexGuard};
 
@@ -66,8 +68,9 @@ pub struct VersionManager {
     store: Arc<dyn MetaStore>,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
-    /// Leases get their full time from here: nobody could renew them while the service was down.
-    started_unix_ms: u64,
+    /// Leases get their full time from here: before, nobody could renew them. The start of this
+    /// process, or the end of the last time that its store was away.
+    renewable_unix_ms: AtomicU64,
     image_ids: Mutex<std::ops::Range<u64>>,
     /// Taken in turn, because all of them change one counter.
     generation_turn: Mutex<()>,
@@ -93,12 +96,12 @@ impl VersionManager {
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
     ) -> Self {
-        let started_unix_ms = clock.now_unix_ms();
+        let renewable_unix_ms = AtomicU64::new(clock.now_unix_ms());
         Self {
             store,
             clock,
             entropy,
-            started_unix_ms,
+            renewable_unix_ms,
             image_ids: Mutex::new(0..0),
             generation_turn: Mutex::new(()),
             debt_turn: Mutex::new(()),

@@ -4,10 +4,12 @@
 
 mod concurrent;
 mod debt;
+mod etcd;
 mod fixture;
 mod flaky;
 mod images;
 mod leases;
+mod migrate;
 mod model;
 mod pins;
 mod placement;
