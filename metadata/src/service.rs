@@ -185,6 +185,8 @@ pass_on! {
     acquire_lease(v1::AcquireLeaseRequest) -> v1::Lease;
     renew_lease(v1::RenewLeaseRequest) -> v1::Lease;
     release_lease(v1::ReleaseLeaseRequest) -> v1::ReleaseLeaseResponse;
+    get_collection_bound(v1::CollectionBoundRequest) -> v1::CollectionBound;
+    list_roots(v1::ListRootsRequest) -> v1::ListRootsResponse;
     create_pool(v1::CreatePoolRequest) -> v1::Pool;
     get_pool(v1::PoolRef) -> v1::Pool;
     list_pools(v1::ListPoolsRequest) -> v1::ListPoolsResponse;

@@ -100,6 +100,14 @@ pub trait Catalog: Send + Sync + 'static {
         &self,
         request: v1::ReleaseLeaseRequest,
     ) -> Result<v1::ReleaseLeaseResponse, CatalogError>;
+    async fn get_collection_bound(
+        &self,
+        request: v1::CollectionBoundRequest,
+    ) -> Result<v1::CollectionBound, CatalogError>;
+    async fn list_roots(
+        &self,
+        request: v1::ListRootsRequest,
+    ) -> Result<v1::ListRootsResponse, CatalogError>;
     async fn create_pool(&self, request: v1::CreatePoolRequest) -> Result<v1::Pool, CatalogError>;
     async fn get_pool(&self, request: v1::PoolRef) -> Result<v1::Pool, CatalogError>;
     async fn list_pools(

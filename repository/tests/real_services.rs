@@ -363,11 +363,26 @@ impl Script<'_> {
         self.add(1, 2, "vm-1", "debian", 7).await;
     }
 
+    async fn roots(&mut self, since_generation: u64) {
+        let request = v1::ListRootsRequest { since_generation, after: None, limit: 0 };
+        let done = self.catalog.list_roots(request).await;
+        self.hear(outcome(done, |page| {
+            let roots: Vec<_> =
+                page.roots.iter().map(|root| format!("{}@{}", root.image, root.number)).collect();
+            format!("{roots:?} more {}", page.next.is_some())
+        }));
+        let bound = self.catalog.get_collection_bound(v1::CollectionBoundRequest {}).await;
+        self.hear(outcome(bound, |bound| bound.generation.to_string()));
+    }
+
     async fn run(mut self) -> Vec<String> {
         self.images().await;
         let lease = self.snapshots().await;
         self.clones(lease).await;
         self.sets().await;
+        self.roots(0).await;
+        self.roots(2).await;
+        self.roots(1000).await;
         self.heard
     }
 }

@@ -89,6 +89,7 @@ fn snapshot() -> impl Strategy<Value = SnapshotRecord> {
                 reason,
                 writer,
                 lease_id: n[2],
+                obsolete_generation: n[1],
             }
         })
 }
@@ -322,6 +323,7 @@ fn golden_records_of_version_1() {
             reason: "none".to_owned(),
             writer: "host/disk".to_owned(),
             lease_id: 0x1122_3344_5566_7788,
+            obsolete_generation: 0,
         }),
         line(&SetRecord {
             group: "g".to_owned(),

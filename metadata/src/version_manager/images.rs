@@ -254,6 +254,7 @@ impl VersionManager {
 
     async fn finish_removal(&self, image_id: u64) -> Result<(), Error> {
         let object = || format!("image with the id {image_id}");
+        let _turn = self.generation_turn.lock().await;
         while until_won!(self, object(), self.mark_page(image_id).await)? {}
         Ok(())
     }
@@ -266,13 +267,12 @@ impl VersionManager {
         let prefix = SnapshotRecord::prefix_of(image_id);
         let (snapshots, more) =
             self.page::<SnapshotRecord>(&prefix, Some(&after), MARKED_PER_SWAP).await?;
-        let mut swap = Swap::new();
+        let (generation, mut swap) = self.newest_generation(Swap::new()).await?;
         let mut marked = removal.value.marked;
         for snapshot in &snapshots {
             marked = snapshot.value.number;
             if snapshot.value.state() != v1::SnapshotState::Obsolete {
-                let mut obsolete = snapshot.value.clone();
-                obsolete.set_state(v1::SnapshotState::Obsolete);
+                let obsolete = super::snapshots::obsolete(&snapshot.value, generation);
                 swap = swap.update(snapshot, &obsolete);
             }
         }

@@ -6,6 +6,7 @@
 //! | [`snapshots`] | begin, publish, fail, wait, remove |
 //! | [`pins`] | who needs a snapshot, so that it is not removed |
 //! | [`leases`] | a writer's promise to be alive, and what happens when it is broken |
+//! | [`collection`] | what the collector must spare |
 //! | [`pools`], [`nodes`] | redundancy, membership |
 //! | [`placement`] | which nodes hold a partition |
 //! | [`debt`] | what was acknowledged with too few copies |
@@ -35,6 +36,7 @@ use crate::error::Error;
 use crate::records::{Counter, CounterRecord, Record, decode, encode};
 use crate::store::{Expect, Key, MetaStore, Swap, Version};
 
+pub mod collection;
 pub mod debt;
 pub mod images;
 pub mod leases;

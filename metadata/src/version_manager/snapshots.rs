@@ -344,6 +344,7 @@ impl VersionManager {
     /// [`Error::Precondition`] for the latest of its image and for one that is pending or pinned.
     pub async fn remove_snapshot(&self, r: v1::SnapshotRef) -> Result<v1::Snapshot, Error> {
         let number = r.number;
+        let _turn = self.generation_turn.lock().await;
         until_won!(self, format!("snapshot {number}"), self.try_remove_snapshot(&r).await)
     }
 
@@ -365,11 +366,20 @@ impl VersionManager {
         }
         let pins = PinRecord::prefix_of(image.value.id, snapshot.value.number);
         self.check_unpinned(&pins, &object).await?;
-        let mut obsolete = snapshot.value.clone();
-        obsolete.set_state(SnapshotState::Obsolete);
+        let (generation, swap) = self.newest_generation(Swap::new()).await?;
+        let obsolete = obsolete(&snapshot.value, generation);
         // Making a pin writes the image's record.
-        self.store.swap(Swap::new().unchanged(&image).update(&snapshot, &obsolete)).await?;
+        self.store.swap(swap.unchanged(&image).update(&snapshot, &obsolete)).await?;
         Ok(obsolete.to_wire(name))
+    }
+}
+
+/// A snapshot as an obsolete one, marked while `generation` was the newest.
+pub(super) fn obsolete(snapshot: &SnapshotRecord, generation: u64) -> SnapshotRecord {
+    SnapshotRecord {
+        state: SnapshotState::Obsolete.into(),
+        obsolete_generation: generation,
+        ..snapshot.clone()
     }
 }
 

@@ -239,6 +239,8 @@ catalog_of! {
     acquire_lease(v1::AcquireLeaseRequest) -> v1::Lease, Unsafe;
     renew_lease(v1::RenewLeaseRequest) -> v1::Lease, Safe;
     release_lease(v1::ReleaseLeaseRequest) -> v1::ReleaseLeaseResponse, Safe;
+    get_collection_bound(v1::CollectionBoundRequest) -> v1::CollectionBound, Safe;
+    list_roots(v1::ListRootsRequest) -> v1::ListRootsResponse, Safe;
     create_pool(v1::CreatePoolRequest) -> v1::Pool, Unsafe;
     get_pool(v1::PoolRef) -> v1::Pool, Safe;
     list_pools(v1::ListPoolsRequest) -> v1::ListPoolsResponse, Safe;
