@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::statvfs;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -15,6 +16,8 @@ use crate::daemon::wait_until;
 
 /// Where files cost no sync of a disk: an etcd on the disk of a busy machine is slow beyond measure.
 const IN_MEMORY: &str = "/dev/shm";
+/// Room that it needs there: etcd takes 64 MiB for each member's log at once, and keeps another.
+const ROOM_BYTES: u64 = 1 << 30;
 /// Ports are free when they are chosen, and may be taken by another test before they are used.
 const STARTS_MAX: u32 = 10;
 /// A member that answers does so within this.
@@ -74,8 +77,11 @@ impl Etcd {
         let mut builder = tempfile::Builder::new();
         let builder = builder.prefix("blobcr-etcd-");
         let in_memory = Path::new(IN_MEMORY);
-        let dir =
-            if in_memory.is_dir() { builder.tempdir_in(in_memory) } else { builder.tempdir() }?;
+        let room = statvfs(in_memory).map_or(0, |there| there.f_bavail * there.f_frsize);
+        let dir = match room {
+            0..ROOM_BYTES => builder.tempdir(),
+            _ => builder.tempdir_in(in_memory),
+        }?;
         let member = |number| {
             let name = format!("m{number}");
             Ok(Member { name, client: free_port()?, peer: free_port()?, child: None })
