@@ -204,6 +204,8 @@ fn every_option_of_a_page_is_in_the_help() {
         "disk detach",
         "disk checkpoint",
         "snapshot wait",
+        "snapshot pin",
+        "snapshot unpin",
         "vm add",
         "pool create",
     ];
