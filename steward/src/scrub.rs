@@ -113,9 +113,9 @@ pub async fn scrub(repository: &Repository, options: ScrubOptions) -> Result<Scr
             (_, Err(error)) => return Err(error.into()),
         };
         let placement =
-            Placement::new(table, policy.width()).map_err(|e| invalid(e.to_string()))?;
+            Placement::new(table, policy.nodes()).map_err(|e| invalid(e.to_string()))?;
         for at in 0..work.open.len() {
-            let place = Place { pool: pool.id, width: policy.width(), placement: &placement };
+            let place = Place { pool: pool.id, width: policy.nodes(), placement: &placement };
             work.node(at, &place).await;
         }
     }
