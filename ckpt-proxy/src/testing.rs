@@ -404,4 +404,10 @@ metadata! {
     get_placement: PoolRef => PlacementTable,
     list_sets: ListSetsRequest => ListSetsResponse,
     latest_set: LatestSetRequest => CheckpointSet,
+    drain_node: DrainNodeRequest => Node,
+    remove_node: RemoveNodeRequest => Node,
+    settle_partition: SettlePartitionRequest => SettlePartitionResponse,
+    report_debt: ReportDebtRequest => ReportDebtResponse,
+    list_debt: ListDebtRequest => ListDebtResponse,
+    settle_debt: SettleDebtRequest => SettleDebtResponse,
 }

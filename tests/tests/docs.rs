@@ -205,6 +205,7 @@ fn every_option_of_a_page_is_in_the_help() {
         "snapshot wait",
         "vm add",
         "pool create",
+        "node drain",
     ];
     let help: String = verbs
         .iter()

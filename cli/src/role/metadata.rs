@@ -10,7 +10,7 @@ use tonic::Status;
 
 use super::directory::Described;
 use super::serve::{Ready, Served, bind, until_stopped};
-use crate::args::{DEFAULT_POOL, MetadataArgs};
+use crate::args::{DEFAULT_POOL, MetadataArgs, Seconds};
 use crate::exit::RemoteError;
 use crate::interrupt::Interrupts;
 use crate::output::Output;
@@ -22,7 +22,7 @@ use crate::output::Output;
 pub async fn run(args: MetadataArgs, output: Output) -> anyhow::Result<()> {
     let interrupts = Interrupts::listen()?;
     let (listener, address) = bind(&args.listen).await?;
-    let metadata = open(&args.dir).await?;
+    let metadata = open(&args.dir, args.node_down_after).await?;
     ensure_pool(&metadata, args.pool.as_deref()).await?;
     let router = server_builder()
         .add_service(blobcr_metadata::service(metadata.clone()))
@@ -39,8 +39,9 @@ pub async fn run(args: MetadataArgs, output: Output) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// When the directory is in use, or damaged.
-pub(super) async fn open(dir: &Path) -> anyhow::Result<MetadataService> {
-    Ok(blobcr_metadata::open(dir, Options::default()).await?)
+pub(super) async fn open(dir: &Path, down_after: Seconds) -> anyhow::Result<MetadataService> {
+    let options = Options { down_after: down_after.into(), ..Options::default() };
+    Ok(blobcr_metadata::open(dir, options).await?)
 }
 
 /// What a repository promises whose operator said nothing.

@@ -6,7 +6,7 @@
 //! | [`snapshots`] | begin, publish, fail, wait, remove |
 //! | [`leases`] | a writer's promise to be alive, and what happens when it is broken |
 //! | [`pools`], [`nodes`] | redundancy, membership |
-//! | [`placement`] | which nodes hold a partition |
+//! | [`placement`], [`rebalance`] | which nodes hold a partition, and how that changes |
 //! | [`debt`] | what was acknowledged with too few copies |
 //! | [`sets`] | checkpoint sets |
 //!
@@ -24,6 +24,7 @@
 //! else will get are kept.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{Mutex, MutexGuard};
 
@@ -38,6 +39,7 @@ pub mod leases;
 pub mod nodes;
 pub mod placement;
 pub mod pools;
+pub mod rebalance;
 pub mod sets;
 pub mod snapshots;
 
@@ -66,6 +68,8 @@ pub struct VersionManager {
     entropy: Arc<dyn Entropy>,
     /// Leases get their full time from here: nobody could renew them while the service was down.
     started_unix_ms: u64,
+    /// Nodes that were not heard of for so long are down.
+    down_after: Duration,
     image_ids: Mutex<std::ops::Range<u64>>,
     /// Taken in turn, because all of them change one counter.
     generation_turn: Mutex<()>,
@@ -97,11 +101,19 @@ impl VersionManager {
             clock,
             entropy,
             started_unix_ms,
+            down_after: nodes::DOWN_AFTER_DEFAULT,
             image_ids: Mutex::new(0..0),
             generation_turn: Mutex::new(()),
             debt_turn: Mutex::new(()),
             image_turns: (0..IMAGE_TURNS).map(|_| Mutex::new(())).collect(),
         }
+    }
+
+    /// The same, with another time after which a silent node is down.
+    #[must_use]
+    pub fn with_down_after(mut self, down_after: Duration) -> Self {
+        self.down_after = down_after.max(nodes::DOWN_AFTER_MIN);
+        self
     }
 
     /// Waits for this process's turn to change an image's record.
@@ -226,7 +238,7 @@ impl<'a> Attempts<'a> {
         }
         let longest = (1 << self.made.min(16)).min(PAUSE_MS_MAX);
         let pause = self.manager.entropy.next_u64() % (longest + 1);
-        tokio::time::sleep(std::time::Duration::from_millis(pause)).await;
+        tokio::time::sleep(Duration::from_millis(pause)).await;
         Ok(())
     }
 }

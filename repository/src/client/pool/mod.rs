@@ -140,8 +140,22 @@ impl RemotePool {
 
     /// The nodes of an object, first choice first, but those last that did not answer lately.
     fn holders(&self, placement: &Placement, id: &Hash) -> Result<Vec<Arc<NodeLink>>, StoreError> {
-        let mut holders = Vec::with_capacity(self.replicas);
-        for node in placement.holders(id).iter().take(self.replicas) {
+        let holders = placement.holders(id);
+        self.links_to(placement, &holders[..self.replicas.min(holders.len())])
+    }
+
+    /// The nodes to read an object from, in the same order.
+    fn readers(&self, placement: &Placement, id: &Hash) -> Result<Vec<Arc<NodeLink>>, StoreError> {
+        self.links_to(placement, placement.readers(id))
+    }
+
+    fn links_to(
+        &self,
+        placement: &Placement,
+        at: &[u32],
+    ) -> Result<Vec<Arc<NodeLink>>, StoreError> {
+        let mut holders = Vec::with_capacity(at.len());
+        for node in at {
             holders.push(self.links.to(&placement.nodes()[*node as usize].address)?);
         }
         if holders.len() > 1 {

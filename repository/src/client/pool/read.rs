@@ -44,7 +44,7 @@ impl RemotePool {
         id: Hash,
     ) -> Result<Bytes, StoreError> {
         let mut worst = None;
-        for link in self.holders(placement, &id)? {
+        for link in self.readers(placement, &id)? {
             match self.get_from(&link, kind, id).await {
                 Ok(plain) => return Ok(plain),
                 Err(error) => {
@@ -93,7 +93,7 @@ impl RemotePool {
     ) -> Result<Vec<Question>, StoreError> {
         let mut by_node: HashMap<String, Question> = HashMap::new();
         for (at, id) in ids.iter().enumerate() {
-            let holders = self.holders(placement, id)?;
+            let holders = self.readers(placement, id)?;
             let Some(first) = holders.into_iter().next() else {
                 return Err(StoreError::Missing { kind, id: *id });
             };
