@@ -1,9 +1,12 @@
 //! What the command line may say.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
-use blobcr_metadata::policy::{Policy, PolicyError};
+#[cfg(feature = "etcd")]
+use blobcr_metadata::store::etcd::{EtcdTarget, TargetError};
 use blobcr_proto::name::parse_snapshot_number;
+use blobcr_proto::policy::{Policy, PolicyError};
 use blobcr_proto::{DiskName, ImageName, ImageSpec, PoolName, VmName};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -25,8 +28,8 @@ pub struct Cli {
 /// Options of every verb.
 #[derive(Debug, Clone, Args)]
 pub struct Global {
-    /// Where the repository is: the address of a metadata server or of a mirror, or the
-    /// directory of a `blobcr up` on this machine
+    /// Where the repository is: the address of a metadata server (or of several, comma-separated) or
+    /// of a mirror, or the directory of a `blobcr up` on this machine
     #[arg(long, global = true, env = "BLOBCR_ENDPOINT", value_name = "ADDR|DIR")]
     pub endpoint: Option<String>,
     /// One JSON object or array on stdout
@@ -79,7 +82,11 @@ impl Command {
     pub const fn is_role(&self) -> bool {
         matches!(
             self,
-            Self::Up(_) | Self::Metadata(_) | Self::RepoNode(_) | Self::Mirror(_) | Self::Proxy(_)
+            Self::Up(_)
+                | Self::Metadata(MetadataArgs { command: None, .. })
+                | Self::RepoNode(_)
+                | Self::Mirror(_)
+                | Self::Proxy(_)
         )
     }
 }
@@ -196,6 +203,9 @@ pub enum DiskCommand {
     },
 }
 
+/// Who holds a pin that names nobody.
+const OPERATOR: &str = "operator";
+
 #[derive(Debug, Subcommand)]
 pub enum SnapshotCommand {
     /// Lists the snapshots of an image
@@ -220,6 +230,24 @@ pub enum SnapshotCommand {
         #[arg(value_name = "IMAGE@N", value_parser = parse_snapshot)]
         snapshot: ImageSpec,
     },
+    /// Keeps a snapshot and its image from being removed
+    Pin {
+        #[arg(value_name = "IMAGE@N", value_parser = parse_snapshot)]
+        snapshot: ImageSpec,
+        /// Who needs it: each holder has a pin of its own
+        #[arg(long, default_value = OPERATOR)]
+        holder: String,
+    },
+    /// Takes a pin away
+    Unpin {
+        #[arg(value_name = "IMAGE@N", value_parser = parse_snapshot)]
+        snapshot: ImageSpec,
+        /// Whose pin; `snapshot pins` shows them
+        #[arg(long, default_value = OPERATOR)]
+        holder: String,
+    },
+    /// Lists what is pinned, and by whom: attached disks pin what they need
+    Pins,
 }
 
 #[derive(Debug, Subcommand)]
@@ -242,8 +270,8 @@ pub enum PoolCommand {
     /// Makes a pool
     Create {
         pool: PoolName,
-        /// `replica:N`: every chunk on N nodes
-        #[arg(long, value_parser = supported_policy)]
+        /// `replica:N`: every chunk on N nodes; `ec:K+M`: K data and M parity shards of it
+        #[arg(long, value_parser = parse_policy)]
         policy: String,
         /// off, lz4, zstd or adaptive
         #[arg(long, default_value = "adaptive")]
@@ -288,7 +316,7 @@ pub struct UpArgs {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub nodes: Option<u32>,
     /// Redundancy of the pool `default`, which the first start makes [default: replica:1]
-    #[arg(long, value_name = "POLICY", value_parser = supported_policy)]
+    #[arg(long, value_name = "POLICY", value_parser = parse_policy)]
     pub pool: Option<String>,
     /// Where images and disks show [default: DIR/mnt]
     #[arg(long)]
@@ -324,18 +352,27 @@ pub struct MirrorLimits {
 const REPOSITORY_WAIT_S: u64 = 24 * 3600;
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct MetadataArgs {
+    #[command(subcommand)]
+    pub command: Option<MetadataCommand>,
+    #[command(flatten)]
+    pub server: Option<MetadataServerArgs>,
+}
+
+#[derive(Debug, Args)]
+pub struct MetadataServerArgs {
     /// Address to serve at; port 0 takes a free one
     #[arg(long, value_name = "ADDR")]
     pub listen: String,
-    /// Where the records are kept; made if it is missing
+    /// Where the records are kept with `--store sled`; made if it is missing
     #[arg(long)]
-    pub dir: PathBuf,
-    /// The store behind it
-    #[arg(long, default_value = "sled", value_parser = ["sled"])]
-    pub store: String,
+    pub dir: Option<PathBuf>,
+    /// The store behind it: `sled`, or `etcd:URL,URL,…[#NAME]` for any number of servers
+    #[arg(long, default_value = "sled")]
+    pub store: MetadataStore,
     /// Redundancy of the pool `default`, which the first start makes [default: replica:1]
-    #[arg(long, value_name = "POLICY", value_parser = supported_policy)]
+    #[arg(long, value_name = "POLICY", value_parser = parse_policy)]
     pub pool: Option<String>,
     /// Seconds after which a node that is not heard of is down, and its partitions go to others
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_down_after)]
@@ -357,6 +394,43 @@ fn parse_down_after(text: &str) -> Result<Seconds, String> {
     match text.parse() {
         Ok(seconds) if seconds >= least => Ok(Seconds(seconds)),
         _ => Err(format!("write seconds, {least} at least: sooner a node is only suspected")),
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum MetadataCommand {
+    /// Moves the records of a directory to an etcd, where several servers can use them
+    Migrate {
+        /// The directory of the metadata server, which must not run
+        #[arg(long, value_name = "DIR")]
+        from: PathBuf,
+        /// `etcd:URL,URL,…[#NAME]`: a repository that is not there yet
+        #[arg(long, value_name = "STORE")]
+        to: MetadataStore,
+    },
+}
+
+/// Where a metadata server keeps its records.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MetadataStore {
+    /// In a directory of its own.
+    Sled,
+    /// In an etcd, with others.
+    #[cfg(feature = "etcd")]
+    Etcd(EtcdTarget),
+}
+
+impl FromStr for MetadataStore {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "sled" => Ok(Self::Sled),
+            #[cfg(feature = "etcd")]
+            _ => text.parse().map(Self::Etcd).map_err(|e: TargetError| e.to_string()),
+            #[cfg(not(feature = "etcd"))]
+            _ => Err(format!("{text:?} is no store of this program, which was built without etcd")),
+        }
     }
 }
 
@@ -422,14 +496,9 @@ fn parse_at_number(text: &str) -> Result<u64, String> {
     parse_snapshot_number(text.strip_prefix('@').unwrap_or(text)).map_err(|e| e.to_string())
 }
 
-/// A policy that this version can serve: pools are for ever, so an unusable one is never made.
-fn supported_policy(text: &str) -> Result<String, String> {
-    match text.parse().map_err(|e: PolicyError| e.to_string())? {
-        Policy::Replica(_) => Ok(text.to_owned()),
-        Policy::Erasure { .. } => {
-            Err(format!("{text}: this version has no erasure coding yet; write replica:N"))
-        }
-    }
+/// Pools are for ever: one with an unusable policy is never made.
+fn parse_policy(text: &str) -> Result<String, PolicyError> {
+    text.parse::<Policy>().map(|policy| policy.to_string())
 }
 
 #[cfg(test)]
@@ -477,10 +546,16 @@ mod tests {
             "vm remove v",
             "node list",
             "pool create p --policy replica:3",
+            "pool create p --policy ec:4+2",
             "pool list",
             "status --json --endpoint 127.0.0.1:1",
             "doctor",
             "metadata --listen 127.0.0.1:0 --dir d --store sled",
+            "metadata --listen 127.0.0.1:0 --dir d",
+            #[cfg(feature = "etcd")]
+            "metadata --listen 127.0.0.1:0 --store etcd:http://a:1,http://b:2 --pool replica:2",
+            #[cfg(feature = "etcd")]
+            "metadata migrate --from d --to etcd:http://a:1#name",
             "repo-node --listen 127.0.0.1:0 --dir d --metadata a:1,b:2 --domain rack1",
             "mirror --listen 127.0.0.1:0 --dir d --metadata a:1 --mount m",
             "proxy --mirror a:1 --sockets d",
@@ -507,13 +582,28 @@ mod tests {
 
     #[test]
     fn policies_that_cannot_be_served_are_usage_errors() {
-        for policy in ["ec:4+2", "replica:0", "raid:1"] {
+        for policy in ["ec:4+9", "ec:1+1", "replica:0", "raid:1"] {
             for line in
                 [format!("pool create p --policy {policy}"), format!("up --dir d --pool {policy}")]
             {
                 let error = parse(&line).expect_err(&line);
                 assert_eq!(error.exit_code(), 2, "{line}: {error}");
             }
+        }
+    }
+
+    #[test]
+    fn a_metadata_server_needs_an_address_and_a_store_that_is_one() {
+        for line in [
+            "metadata",
+            "metadata --dir d",
+            "metadata --listen a:1 --store zookeeper",
+            "metadata --listen a:1 --store etcd:",
+            "metadata migrate --from d",
+            "metadata --listen a:1 migrate --from d --to etcd:a:1",
+        ] {
+            let error = parse(line).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}: {error}");
         }
     }
 

@@ -28,6 +28,19 @@ pub fn resolve(endpoint: Option<&str>) -> Result<String, Refusal> {
     checked_address(text)
 }
 
+/// Every address that `--endpoint` names: metadata servers may be several, comma-separated.
+///
+/// # Errors
+/// As [`resolve`], for any of them.
+pub fn resolve_all(endpoint: Option<&str>) -> Result<Vec<String>, Refusal> {
+    match endpoint {
+        Some(list) if list.contains(',') && !Path::new(list).exists() => {
+            list.split(',').map(|one| resolve(Some(one))).collect()
+        }
+        one => Ok(vec![resolve(one)?]),
+    }
+}
+
 /// `host:port` as it is; refuses anything else.
 ///
 /// # Errors
@@ -128,6 +141,15 @@ mod tests {
         }
         assert_eq!(resolve(None).unwrap_err().exit, Exit::Usage);
         assert_eq!(resolve(Some("")).unwrap_err().exit, Exit::Usage);
+    }
+
+    #[test]
+    fn several_addresses_are_one_endpoint() {
+        assert_eq!(resolve_all(Some("a:1,http://b:2")).unwrap(), ["a:1", "b:2"]);
+        assert_eq!(resolve_all(Some("a:1")).unwrap(), ["a:1"]);
+        for bad in [None, Some(""), Some("a:1,"), Some("a:1,b")] {
+            assert_eq!(resolve_all(bad).unwrap_err().exit, Exit::Usage, "{bad:?}");
+        }
     }
 
     #[test]

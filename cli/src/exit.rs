@@ -147,14 +147,61 @@ const fn of_import(error: &ImportError) -> Option<Exit> {
 }
 
 fn of_metadata(error: &blobcr_metadata::OpenError) -> Option<Exit> {
+    match error {
+        blobcr_metadata::OpenError::Directory(error) => of_metadata_directory(error),
+        #[cfg(feature = "etcd")]
+        blobcr_metadata::OpenError::Etcd(error) => of_etcd(error),
+        blobcr_metadata::OpenError::Store(_) => None,
+    }
+}
+
+const fn of_metadata_directory(error: &blobcr_metadata::directory::DirectoryError) -> Option<Exit> {
     use blobcr_metadata::directory::DirectoryError;
     match error {
-        blobcr_metadata::OpenError::Directory(DirectoryError::InUse { .. }) => Some(Exit::Conflict),
-        blobcr_metadata::OpenError::Directory(DirectoryError::Damaged { .. }) => {
-            Some(Exit::Integrity)
-        }
-        _ => None,
+        DirectoryError::InUse { .. } | DirectoryError::Moved { .. } => Some(Exit::Conflict),
+        DirectoryError::Damaged { .. } => Some(Exit::Integrity),
+        DirectoryError::Absent { .. } => Some(Exit::NotFound),
+        DirectoryError::Io { .. } | DirectoryError::Newer { .. } => None,
     }
+}
+
+#[cfg(feature = "etcd")]
+fn of_etcd(error: &blobcr_metadata::store::etcd::EtcdOpenError) -> Option<Exit> {
+    use blobcr_metadata::store::etcd::EtcdOpenError;
+    match error {
+        EtcdOpenError::Store { source, .. } => Some(of_metadata_store(source)),
+        EtcdOpenError::Migrating { .. } | EtcdOpenError::NotEmpty { .. } => Some(Exit::Conflict),
+        EtcdOpenError::Damaged { .. } => Some(Exit::Integrity),
+        EtcdOpenError::Newer { .. } => None,
+    }
+}
+
+#[cfg(feature = "etcd")]
+fn of_metadata_store(error: &blobcr_metadata::store::StoreError) -> Exit {
+    use blobcr_metadata::store::StoreError;
+    match error {
+        StoreError::Unavailable { .. } => Exit::Unavailable,
+        StoreError::Damaged { .. } => Exit::Integrity,
+        _ => Exit::Other,
+    }
+}
+
+#[cfg(feature = "etcd")]
+fn of_migration(error: &blobcr_metadata::migrate::MigrateError) -> Option<Exit> {
+    use blobcr_metadata::migrate::MigrateError;
+    match error {
+        MigrateError::Directory(error) => of_metadata_directory(error),
+        MigrateError::Etcd(error) => of_etcd(error),
+        MigrateError::Copy(error) => Some(of_metadata_store(error)),
+        MigrateError::Differs { .. } => Some(Exit::Integrity),
+        MigrateError::Sled(_) => None,
+    }
+}
+
+/// Without etcd, nothing is moved to it.
+#[cfg(not(feature = "etcd"))]
+const fn of_migration(error: &std::convert::Infallible) -> Option<Exit> {
+    match *error {}
 }
 
 /// A directory or a mount point that another process has.
@@ -207,6 +254,7 @@ pub fn code(failure: &anyhow::Error) -> Exit {
                 .or_else(|| error.downcast_ref().map(of_read))
                 .or_else(|| error.downcast_ref().and_then(of_import))
                 .or_else(|| error.downcast_ref().and_then(of_metadata))
+                .or_else(|| error.downcast_ref().and_then(of_migration))
                 .or_else(|| of_role(error))
                 .or_else(|| error.downcast_ref().and_then(of_host))
                 .or_else(|| error.downcast_ref().map(of_io))

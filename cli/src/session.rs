@@ -32,6 +32,21 @@ pub async fn describe(address: &str) -> anyhow::Result<Description> {
     Ok(answer.map_err(|status| RemoteError::new("blobcr", address, &status))?.into_inner())
 }
 
+/// The first of `addresses` that answers, and what it is. `addresses` is not empty.
+///
+/// # Errors
+/// Of the last one, when none answers.
+pub async fn describe_first(addresses: &[String]) -> anyhow::Result<(&String, Description)> {
+    let mut failure = None;
+    for address in addresses {
+        match describe(address).await {
+            Ok(description) => return Ok((address, description)),
+            Err(error) => failure = Some(error),
+        }
+    }
+    Err(failure.context("no address was given")?)
+}
+
 /// What to do about an endpoint that does not answer.
 fn start_hint(endpoint: &str) -> String {
     if Path::new(endpoint).is_dir() {
@@ -58,12 +73,17 @@ impl Session {
     /// # Errors
     /// When none is named, or it does not answer.
     pub async fn open(endpoint: Option<&str>) -> anyhow::Result<Self> {
-        let address = endpoint::resolve(endpoint)?;
-        let mut description =
-            describe(&address).await.with_context(|| start_hint(endpoint.unwrap_or_default()))?;
+        let addresses = endpoint::resolve_all(endpoint)?;
+        let (address, mut description) = describe_first(&addresses)
+            .await
+            .with_context(|| start_hint(endpoint.unwrap_or_default()))?;
+        let address = address.clone();
         // Where an endpoint names no address for a role that it is itself, this one led there.
         match description.role.as_str() {
-            "metadata" => description.metadata = vec![address.clone()],
+            "metadata" => {
+                let others = addresses.iter().filter(|other| **other != address);
+                description.metadata = std::iter::once(&address).chain(others).cloned().collect();
+            }
             "mirror" => description.mirror.clone_from(&address),
             "up" => {
                 description.metadata = vec![address.clone()];

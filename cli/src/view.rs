@@ -41,6 +41,26 @@ pub struct ParentView {
     pub snapshot: u64,
 }
 
+/// Who needs a snapshot.
+#[derive(Debug, Serialize)]
+pub struct PinView {
+    pub image: String,
+    pub snapshot: u64,
+    pub holder: String,
+    pub created_at: Option<String>,
+}
+
+impl From<v1::Pin> for PinView {
+    fn from(pin: v1::Pin) -> Self {
+        Self {
+            image: pin.image,
+            snapshot: pin.number,
+            holder: pin.holder,
+            created_at: rfc3339(pin.created_unix_ms),
+        }
+    }
+}
+
 /// An image.
 #[derive(Debug, Serialize)]
 pub struct ImageView {

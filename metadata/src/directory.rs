@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! DIR/LOCK      locked by the process that uses the directory; holds its id
-//! DIR/FORMAT    one line: "blobcr-metadata", the version, the store, CRC-32C of the three in hex
+//! DIR/FORMAT    one line of `format`: "sled", or "moved" and where its records are now
 //! DIR/sled/     the store
 //! DIR/sled.new/ only while the directory is being made: tells that from a store that was lost
 //! ```
@@ -11,16 +11,14 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
-use blobcr_proto::codec::crc32c;
 use rustix::fs::FlockOperation;
 
-/// The version of the directory's format.
-const VERSION: u32 = 1;
-const MAGIC: &str = "blobcr-metadata";
+use crate::format::{self, LINE_BYTES_MAX, LineError, VERSION};
+
 const STORE: &str = "sled";
 const STORE_NEW: &str = "sled.new";
-/// A FORMAT file is one short line; what is longer is not ours.
-const FORMAT_BYTES_MAX: u64 = 256;
+/// What the FORMAT file of a directory begins with whose records were moved.
+const MOVED: &str = "moved ";
 
 /// Why a directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +55,23 @@ pub enum DirectoryError {
         /// Its format.
         version: u32,
     },
+    /// Its records were moved, so it must not be used any more.
+    #[error(
+        "the records of the metadata directory {} were moved to {to}; start the metadata server \
+         with --store {to}", dir.display()
+    )]
+    Moved {
+        /// The directory.
+        dir: PathBuf,
+        /// Where they are now.
+        to: String,
+    },
+    /// There is no store to move.
+    #[error("there is no metadata store in {}; name the directory of `blobcr metadata`", dir.display())]
+    Absent {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// It is not what it should be.
     #[error("the metadata directory {} is damaged: {detail}; restore it from a copy", dir.display())]
     Damaged {
@@ -75,6 +90,7 @@ fn by(pid: &Option<u32>) -> String {
 #[derive(Debug)]
 pub struct Directory {
     dir: PathBuf,
+    moved: bool,
     // Keeps the lock; the kernel lets go of it when the process dies.
     _lock: File,
 }
@@ -85,6 +101,45 @@ impl Directory {
     /// # Errors
     /// See [`DirectoryError`].
     pub fn open(dir: &Path) -> Result<Self, DirectoryError> {
+        match Self::take(dir)? {
+            (directory, None) => Ok(directory),
+            (_, Some(to)) => Err(DirectoryError::Moved { dir: dir.to_owned(), to }),
+        }
+    }
+
+    /// Takes a directory whose records are to be moved to `to`, or were.
+    ///
+    /// # Errors
+    /// See [`DirectoryError`]; when they were moved to somewhere else.
+    pub fn open_to_move(dir: &Path, to: &str) -> Result<Self, DirectoryError> {
+        if !dir.join("FORMAT").exists() {
+            return Err(DirectoryError::Absent { dir: dir.to_owned() });
+        }
+        match Self::take(dir)? {
+            (directory, None) => Ok(directory),
+            (directory, Some(already)) if already == to => Ok(Self { moved: true, ..directory }),
+            (_, Some(to)) => Err(DirectoryError::Moved { dir: dir.to_owned(), to }),
+        }
+    }
+
+    /// Whether the records were moved before.
+    #[must_use]
+    pub const fn is_moved(&self) -> bool {
+        self.moved
+    }
+
+    /// From now on the directory is refused: its records are at `to`. Its store stays as it is.
+    ///
+    /// # Errors
+    /// When that cannot be written.
+    pub fn mark_moved(&self, to: &str) -> Result<(), DirectoryError> {
+        let path = self.dir.join("FORMAT");
+        write_format(&self.dir, &path, &format!("{MOVED}{to}"))
+            .map_err(|source| DirectoryError::Io { dir: self.dir.clone(), path, source })
+    }
+
+    /// Locks a directory and reads what it is; also where its records were moved to.
+    fn take(dir: &Path) -> Result<(Self, Option<String>), DirectoryError> {
         let io = |path: &Path| {
             let (dir, path) = (dir.to_owned(), path.to_owned());
             move |source| DirectoryError::Io { dir: dir.clone(), path: path.clone(), source }
@@ -99,11 +154,15 @@ impl Directory {
             Err(DirectoryError::Damaged { dir: dir.to_owned(), detail: detail.to_owned() })
         };
         match read_format(&path).map_err(io(&path))? {
-            Some(line) => check_format(dir, &line)?,
+            Some(line) => {
+                if let Some(to) = check_format(dir, &line)? {
+                    return Ok((Self { dir: dir.to_owned(), moved: false, _lock: lock }, Some(to)));
+                }
+            }
             None if store.exists() => return damaged("there is a store but no FORMAT file"),
             None => {
                 std::fs::create_dir_all(&new).map_err(io(&new))?;
-                write_format(dir, &path).map_err(io(&path))?;
+                write_format(dir, &path, STORE).map_err(io(&path))?;
             }
         }
         if !store.exists() {
@@ -113,7 +172,7 @@ impl Directory {
             std::fs::rename(&new, &store).map_err(io(&store))?;
             File::open(dir).and_then(|dir| dir.sync_all()).map_err(io(dir))?;
         }
-        Ok(Self { dir: dir.to_owned(), _lock: lock })
+        Ok((Self { dir: dir.to_owned(), moved: false, _lock: lock }, None))
     }
 
     /// Where the store is.
@@ -146,16 +205,11 @@ fn lock(
     Ok(file)
 }
 
-fn format_line(version: u32) -> String {
-    let line = format!("{MAGIC} {version} {STORE}");
-    format!("{line} {:08x}\n", crc32c(line.as_bytes()))
-}
-
 fn read_format(path: &Path) -> io::Result<Option<Vec<u8>>> {
     match File::open(path) {
         Ok(file) => {
             let mut line = Vec::new();
-            file.take(FORMAT_BYTES_MAX).read_to_end(&mut line)?;
+            file.take(LINE_BYTES_MAX as u64).read_to_end(&mut line)?;
             Ok(Some(line))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -163,37 +217,27 @@ fn read_format(path: &Path) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-fn check_format(dir: &Path, line: &[u8]) -> Result<(), DirectoryError> {
-    let damaged = |detail: &str| {
-        Err(DirectoryError::Damaged { dir: dir.to_owned(), detail: detail.to_owned() })
-    };
-    let text = std::str::from_utf8(line).ok().and_then(|line| line.strip_suffix('\n'));
-    let Some((line, sum)) = text.and_then(|text| text.rsplit_once(' ')) else {
-        return damaged("its FORMAT file is not one line of text");
-    };
-    if format!("{:08x}", crc32c(line.as_bytes())) != sum {
-        return damaged("the checksum of its FORMAT file does not match");
-    }
-    let mut words = line.split(' ');
-    let version = (words.next() == Some(MAGIC)).then(|| words.next()?.parse::<u32>().ok());
-    match version.flatten() {
-        Some(version) if version > VERSION => {
-            return Err(DirectoryError::Newer { dir: dir.to_owned(), version });
+/// Where the records of a directory were moved to, when they were.
+fn check_format(dir: &Path, line: &[u8]) -> Result<Option<String>, DirectoryError> {
+    let damaged = |detail: String| Err(DirectoryError::Damaged { dir: dir.to_owned(), detail });
+    match format::read(line) {
+        Ok(STORE) => Ok(None),
+        Ok(what) => match what.strip_prefix(MOVED) {
+            Some(to) => Ok(Some(to.to_owned())),
+            None => damaged("its FORMAT file names another store".to_owned()),
+        },
+        Err(LineError::Newer(version)) => {
+            Err(DirectoryError::Newer { dir: dir.to_owned(), version })
         }
-        Some(VERSION) => {}
-        _ => return damaged("its FORMAT file is not that of a metadata directory"),
+        Err(LineError::Damaged(detail)) => damaged(format!("its FORMAT file {detail}")),
     }
-    if words.next() != Some(STORE) {
-        return damaged("its FORMAT file names another store");
-    }
-    Ok(())
 }
 
 /// Writes the FORMAT file so that it is there whole or not at all, whenever the power fails.
-fn write_format(dir: &Path, path: &Path) -> io::Result<()> {
+fn write_format(dir: &Path, path: &Path, what: &str) -> io::Result<()> {
     let new = dir.join("FORMAT.new");
     let mut file = File::create(&new)?;
-    file.write_all(format_line(VERSION).as_bytes())?;
+    file.write_all(format::line(what).as_bytes())?;
     file.sync_all()?;
     std::fs::rename(&new, path)?;
     File::open(dir)?.sync_all()?;
@@ -232,16 +276,38 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_that_was_moved_is_refused_and_says_where_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let to = "etcd:http://127.0.0.1:2379#default";
+        let absent = Directory::open_to_move(dir.path(), to).unwrap_err();
+        assert!(matches!(absent, DirectoryError::Absent { .. }), "{absent}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing was made");
+        drop(Directory::open(dir.path()).unwrap());
+        let directory = Directory::open_to_move(dir.path(), to).unwrap();
+        assert!(!directory.is_moved());
+        assert!(open(dir.path()).contains("in use"));
+        directory.mark_moved(to).unwrap();
+        drop(directory);
+        let line = std::fs::read_to_string(dir.path().join("FORMAT")).unwrap();
+        assert_eq!(line, include_str!("../golden/FORMAT-moved-v1"));
+        let message = open(dir.path());
+        assert!(message.contains("were moved to") && message.contains(to), "{message}");
+        assert!(Directory::open_to_move(dir.path(), to).unwrap().is_moved());
+        let elsewhere = Directory::open_to_move(dir.path(), "etcd:http://other:1#default");
+        assert!(matches!(elsewhere, Err(DirectoryError::Moved { .. })), "{elsewhere:?}");
+    }
+
+    #[test]
     fn a_newer_format_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("FORMAT"), format_line(2)).unwrap();
+        std::fs::write(dir.path().join("FORMAT"), format::line_of(2, STORE)).unwrap();
         let message = open(dir.path());
         assert!(message.contains("has format 2") && message.contains("newer one"), "{message}");
     }
 
     #[test]
     fn a_damaged_format_file_is_refused() {
-        let good = format_line(VERSION).into_bytes();
+        let good = format::line(STORE).into_bytes();
         for at in 0..good.len() {
             let dir = tempfile::tempdir().unwrap();
             let mut bad = good.clone();

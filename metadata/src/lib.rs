@@ -17,7 +17,9 @@
 pub mod clock;
 pub mod directory;
 pub mod error;
-pub mod policy;
+mod format;
+#[cfg(feature = "etcd")]
+pub mod migrate;
 pub mod records;
 pub mod service;
 pub mod store;
@@ -25,4 +27,6 @@ pub mod tasks;
 pub mod version_manager;
 
 pub use error::Error;
+#[cfg(feature = "etcd")]
+pub use service::open_etcd;
 pub use service::{MetadataService, OpenError, Options, open, service};

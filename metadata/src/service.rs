@@ -12,6 +12,8 @@ use tonic::{Request, Response, Status};
 use crate::clock::{Clock, Entropy, SystemClock, SystemEntropy};
 use crate::directory::{Directory, DirectoryError};
 use crate::error::Error;
+#[cfg(feature = "etcd")]
+use crate::store::etcd::{EtcdOpenError, EtcdStore, EtcdTarget};
 use crate::store::sled::{SledOpenError, SledStore};
 use crate::store::{MetaStore, Retry};
 use crate::tasks::Tasks;
@@ -49,6 +51,10 @@ pub enum OpenError {
     /// Its store cannot be opened.
     #[error(transparent)]
     Store(#[from] SledOpenError),
+    /// Its etcd cannot be opened.
+    #[cfg(feature = "etcd")]
+    #[error(transparent)]
+    Etcd(#[from] EtcdOpenError),
 }
 
 /// The service; cheap to clone. It lets go of its directory when the last clone is dropped.
@@ -66,6 +72,20 @@ pub struct MetadataService {
 pub async fn open(dir: &Path, options: Options) -> Result<MetadataService, OpenError> {
     let directory = Directory::open(dir)?;
     let store = SledStore::open(&directory.store()).await?.holding(directory);
+    Ok(MetadataService::over(Arc::new(store), options))
+}
+
+/// Opens the service over an etcd, which any number of others may use at the same time. Must be
+/// called on a tokio runtime.
+///
+/// # Errors
+/// When no member answers, or what is there may not be used.
+#[cfg(feature = "etcd")]
+pub async fn open_etcd(
+    target: &EtcdTarget,
+    options: Options,
+) -> Result<MetadataService, OpenError> {
+    let store = EtcdStore::open(target).await?;
     Ok(MetadataService::over(Arc::new(store), options))
 }
 
@@ -169,9 +189,14 @@ pass_on! {
     list_snapshots(v1::ListSnapshotsRequest) -> v1::ListSnapshotsResponse;
     wait_snapshot(v1::WaitSnapshotRequest) -> v1::Snapshot;
     remove_snapshot(v1::SnapshotRef) -> v1::Snapshot;
+    pin_snapshot(v1::PinSnapshotRequest) -> v1::Pin;
+    unpin_snapshot(v1::UnpinSnapshotRequest) -> v1::UnpinSnapshotResponse;
+    list_pins(v1::ListPinsRequest) -> v1::ListPinsResponse;
     acquire_lease(v1::AcquireLeaseRequest) -> v1::Lease;
     renew_lease(v1::RenewLeaseRequest) -> v1::Lease;
     release_lease(v1::ReleaseLeaseRequest) -> v1::ReleaseLeaseResponse;
+    get_collection_bound(v1::CollectionBoundRequest) -> v1::CollectionBound;
+    list_roots(v1::ListRootsRequest) -> v1::ListRootsResponse;
     create_pool(v1::CreatePoolRequest) -> v1::Pool;
     get_pool(v1::PoolRef) -> v1::Pool;
     list_pools(v1::ListPoolsRequest) -> v1::ListPoolsResponse;

@@ -4,14 +4,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::error::Error;
+use crate::store::StoreError;
 use crate::version_manager::VersionManager;
 
 /// Pause between two rounds. A dead writer's snapshots are failed so much later than its lease runs
 /// out, at most.
 pub const ROUND: Duration = Duration::from_secs(1);
+
+/// A store that took longer to answer was away: leases could not be renewed meanwhile. Longer than a
+/// sync takes on a busy disk, shorter than any lease that matters.
+const AWAY: Duration = Duration::from_secs(2);
 
 /// Runs the tasks until it is dropped, or the version manager is.
 #[derive(Debug)]
@@ -24,10 +29,23 @@ impl Tasks {
         Self(tokio::spawn(async move {
             let mut rounds = tokio::time::interval(ROUND);
             rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut away = false;
             loop {
                 rounds.tick().await;
                 let Some(manager) = manager.upgrade() else { return };
-                if let Err(error) = round(&manager).await {
+                let asked = Instant::now();
+                let done = match manager.reach_store().await {
+                    Ok(()) => {
+                        if std::mem::take(&mut away) || asked.elapsed() > AWAY {
+                            tracing::warn!("the store was away: leases get their time again");
+                            manager.store_is_back();
+                        }
+                        round(&manager).await
+                    }
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = done {
+                    away |= matches!(error, Error::Store(StoreError::Unavailable { .. }));
                     tracing::warn!(%error, "a round of the metadata service's tasks failed");
                 }
             }

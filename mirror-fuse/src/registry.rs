@@ -150,7 +150,7 @@ impl Drop for Closed {
 /// A name in the registry.
 #[derive(Clone, Debug)]
 pub(crate) enum Entry {
-    /// Being attached.
+    /// Being attached or detached.
     Reserved,
     Served(Arc<Served>),
     /// Its files could not be opened; they are left alone for somebody to mend.
@@ -165,7 +165,7 @@ pub(crate) struct Disks {
     by_ino: ArcSwap<HashMap<u64, Arc<Served>>>,
 }
 
-/// A name that is taken while its disk is being made. It is free again when this is dropped.
+/// A name that is taken while its disk is being made or removed. It is free again when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Reservation<'a> {
     disks: &'a Disks,
@@ -240,6 +240,14 @@ impl Disks {
         let mut by_name = self.write();
         by_name.remove(name);
         self.publish(&by_name);
+    }
+
+    /// The disk is served no more; its name stays taken until the result is dropped.
+    pub(crate) fn retire(&self, name: &DiskName) -> Reservation<'_> {
+        let mut by_name = self.write();
+        by_name.insert(name.as_str().to_owned(), Entry::Reserved);
+        self.publish(&by_name);
+        Reservation { disks: self, name: name.as_str().to_owned(), kept: false }
     }
 
     fn publish(&self, by_name: &BTreeMap<String, Entry>) {

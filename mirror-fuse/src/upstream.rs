@@ -403,6 +403,17 @@ impl Upstream for RepositoryUpstream {
         self.repository.catalog().get_snapshot(reference).await.map_err(error)
     }
 
+    async fn pin(&self, image_id: u64, number: u64, holder: &str) -> Result<(), UpstreamError> {
+        let snapshot = Some(v1::SnapshotRef { image: Some(image(image_id)), number });
+        let request = v1::PinSnapshotRequest { snapshot, holder: holder.to_owned() };
+        self.repository.catalog().pin_snapshot(request).await.map_err(error).map(|_| ())
+    }
+
+    async fn unpin(&self, image_id: u64, number: u64, holder: &str) -> Result<(), UpstreamError> {
+        let request = v1::UnpinSnapshotRequest { image_id, number, holder: holder.to_owned() };
+        self.repository.catalog().unpin_snapshot(request).await.map_err(error).map(|_| ())
+    }
+
     async fn pending(&self, image_id: u64) -> Result<Vec<u64>, UpstreamError> {
         let mut pending = Vec::new();
         let mut after_number = 0;

@@ -8,6 +8,7 @@
 //! | [`name`] | validated names of images, disks, VMs and pools, and the `IMAGE@N` form |
 //! | [`units`] | [`ChunkSize`], sectors, byte ranges |
 //! | [`codec`] | plain bytes ↔ stored payload |
+//! | [`policy`] | redundancy and compression of a pool |
 //! | [`record`] | checks that a [`v1::Record`] is what it says it is |
 //! | [`channel`] | frames of a VM's checkpoint channel |
 
@@ -15,6 +16,7 @@ pub mod channel;
 pub mod codec;
 pub mod hash;
 pub mod name;
+pub mod policy;
 pub mod record;
 pub mod units;
 
@@ -30,7 +32,7 @@ pub mod v1 {
 }
 
 pub use hash::Hash;
-pub use name::{DiskName, ImageName, ImageSpec, PoolName, VmName};
+pub use name::{DiskName, ImageName, ImageSpec, PoolName, RepositoryName, VmName};
 pub use units::{ByteRange, ChunkSize, SECTOR_SIZE};
 
 /// The largest gRPC message that any part sends or accepts, in bytes: one 4 MiB chunk, twice over

@@ -100,6 +100,10 @@ name_type! {
     ImageName
 }
 name_type! {
+    /// The name of a repository, where one store holds several.
+    RepositoryName
+}
+name_type! {
     /// The name of a disk of one host.
     DiskName
 }

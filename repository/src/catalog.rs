@@ -82,6 +82,15 @@ pub trait Catalog: Send + Sync + 'static {
     ) -> Result<v1::Snapshot, CatalogError>;
     async fn remove_snapshot(&self, request: v1::SnapshotRef)
     -> Result<v1::Snapshot, CatalogError>;
+    async fn pin_snapshot(&self, request: v1::PinSnapshotRequest) -> Result<v1::Pin, CatalogError>;
+    async fn unpin_snapshot(
+        &self,
+        request: v1::UnpinSnapshotRequest,
+    ) -> Result<v1::UnpinSnapshotResponse, CatalogError>;
+    async fn list_pins(
+        &self,
+        request: v1::ListPinsRequest,
+    ) -> Result<v1::ListPinsResponse, CatalogError>;
     async fn acquire_lease(
         &self,
         request: v1::AcquireLeaseRequest,
@@ -91,6 +100,14 @@ pub trait Catalog: Send + Sync + 'static {
         &self,
         request: v1::ReleaseLeaseRequest,
     ) -> Result<v1::ReleaseLeaseResponse, CatalogError>;
+    async fn get_collection_bound(
+        &self,
+        request: v1::CollectionBoundRequest,
+    ) -> Result<v1::CollectionBound, CatalogError>;
+    async fn list_roots(
+        &self,
+        request: v1::ListRootsRequest,
+    ) -> Result<v1::ListRootsResponse, CatalogError>;
     async fn create_pool(&self, request: v1::CreatePoolRequest) -> Result<v1::Pool, CatalogError>;
     async fn get_pool(&self, request: v1::PoolRef) -> Result<v1::Pool, CatalogError>;
     async fn list_pools(

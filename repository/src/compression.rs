@@ -1,48 +1,14 @@
 //! Whether a chunk is compressed.
 
-use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use blobcr_proto::codec;
+use blobcr_proto::policy::Compression;
 use blobcr_proto::v1::Codec;
 use bytes::Bytes;
 
 use crate::clock::Clock;
-
-/// A pool's `compression`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Compression {
-    /// Never.
-    Off,
-    /// Always with LZ4.
-    Lz4,
-    /// Always with zstd.
-    Zstd,
-    /// With LZ4, while that is quicker than sending plain bytes.
-    #[default]
-    Adaptive,
-}
-
-/// A text that is no compression.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no compression; write off, lz4, zstd or adaptive")]
-pub struct CompressionError(pub String);
-
-impl FromStr for Compression {
-    type Err = CompressionError;
-
-    fn from_str(text: &str) -> Result<Self, CompressionError> {
-        match text {
-            "off" => Ok(Self::Off),
-            "lz4" => Ok(Self::Lz4),
-            "zstd" => Ok(Self::Zstd),
-            // A record of a pool that was made without naming one.
-            "adaptive" | "" => Ok(Self::Adaptive),
-            other => Err(CompressionError(other.to_owned())),
-        }
-    }
-}
 
 /// A result that saves less than a tenth is thrown away: every later read would pay for decoding.
 const KEEP_SAVING_PART: usize = 10;
@@ -381,12 +347,5 @@ mod tests {
         assert_eq!(codecs[15], Codec::Lz4, "a probe");
         drop(compressor.sending());
         assert_eq!(compressor.estimates().sends.under_way, 0, "a send that failed has ended");
-    }
-
-    #[test]
-    fn names_are_read_and_others_refused() {
-        assert_eq!("adaptive".parse(), Ok(Compression::Adaptive));
-        assert_eq!("off".parse(), Ok(Compression::Off));
-        assert_eq!("gzip".parse::<Compression>(), Err(CompressionError("gzip".into())));
     }
 }

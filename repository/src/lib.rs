@@ -6,7 +6,7 @@
 //! | [`tree`] | the segment tree: which chunk is where in a disk |
 //! | [`repository`] | [`Repository`], the way in |
 //! | [`client`] | both over gRPC: failover, placement, replicas |
-//! | [`compression`], [`placement`] | what is sent, and to which nodes |
+//! | [`compression`], [`stripe`], [`placement`] | what is sent, and to which nodes |
 //! | [`persist`](mod@persist) | makes a snapshot's bytes durable |
 //! | [`mod@import`], [`reader`], [`mod@verify`] | a new image from a disk; any bytes of a snapshot; whether it is whole |
 //! | [`lease`] | a writer's lease, kept alive |
@@ -26,6 +26,7 @@ pub mod reader;
 pub mod repository;
 pub mod source;
 pub mod store;
+pub mod stripe;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod tree;

@@ -1,73 +1,6 @@
-//! Which nodes hold an object: redundancy policies and placement tables.
-
-use std::str::FromStr;
+//! Which nodes hold an object: placement tables.
 
 use blobcr_proto::{Hash, v1};
-
-/// Copies of an object at most: beyond this, more copies only add to the cost of a write.
-pub const REPLICAS_MAX: u8 = 8;
-/// Data shards of an object at most: wider stripes cost more reads to repair than they save space.
-pub const DATA_SHARDS_MAX: u8 = 16;
-/// Parity shards of an object at most.
-pub const PARITY_SHARDS_MAX: u8 = 8;
-
-/// How a pool keeps its objects safe.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Policy {
-    /// `replica:N`: so many whole copies.
-    Replica(u8),
-    /// `ec:K+M`: K data shards and M parity shards.
-    Erasure {
-        /// Data shards.
-        data: u8,
-        /// Parity shards.
-        parity: u8,
-    },
-}
-
-/// A text that is no redundancy policy.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{0:?} is no redundancy policy; write replica:N (N from 1 to {REPLICAS_MAX}) or ec:K+M \
-     (K from 2 to {DATA_SHARDS_MAX}, M from 1 to {PARITY_SHARDS_MAX})"
-)]
-pub struct PolicyError(pub String);
-
-impl Policy {
-    /// Nodes that an object needs.
-    #[must_use]
-    pub const fn width(self) -> usize {
-        match self {
-            Self::Replica(copies) => copies as usize,
-            Self::Erasure { data, parity } => data as usize + parity as usize,
-        }
-    }
-}
-
-impl FromStr for Policy {
-    type Err = PolicyError;
-
-    fn from_str(text: &str) -> Result<Self, PolicyError> {
-        let parsed = match text.split_once(':') {
-            Some(("replica", copies)) => copies.parse().ok().map(Self::Replica),
-            Some(("ec", shards)) => shards.split_once('+').and_then(|(data, parity)| {
-                Some(Self::Erasure { data: data.parse().ok()?, parity: parity.parse().ok()? })
-            }),
-            _ => None,
-        };
-        match parsed {
-            Some(Self::Replica(copies)) if !(1..=REPLICAS_MAX).contains(&copies) => None,
-            Some(Self::Erasure { data, parity })
-                if !(2..=DATA_SHARDS_MAX).contains(&data)
-                    || !(1..=PARITY_SHARDS_MAX).contains(&parity) =>
-            {
-                None
-            }
-            parsed => parsed,
-        }
-        .ok_or_else(|| PolicyError(text.to_owned()))
-    }
-}
 
 /// A checked placement table.
 #[derive(Debug, Clone)]
@@ -171,33 +104,6 @@ impl Placement {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn policies_are_read_and_others_refused() {
-        assert_eq!("replica:1".parse(), Ok(Policy::Replica(1)));
-        assert_eq!("replica:8".parse(), Ok(Policy::Replica(8)));
-        assert_eq!("ec:4+2".parse(), Ok(Policy::Erasure { data: 4, parity: 2 }));
-        assert_eq!(Policy::Erasure { data: 4, parity: 2 }.width(), 6);
-        for bad in [
-            "",
-            "replica",
-            "replica:",
-            "replica:0",
-            "replica:9",
-            "replica:-1",
-            "replica:1 ",
-            "ec:4",
-            "ec:0+2",
-            "ec:4+0",
-            "ec:1+1",
-            "ec:17+2",
-            "ec:4+9",
-            "ec:4+2+1",
-            "raid:5",
-        ] {
-            assert_eq!(bad.parse::<Policy>(), Err(PolicyError(bad.into())));
-        }
-    }
 
     fn table(partitions: Vec<Vec<u32>>, nodes: usize) -> v1::PlacementTable {
         let node = |at| v1::Node { address: format!("n{at}:1"), ..v1::Node::default() };

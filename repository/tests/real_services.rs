@@ -366,11 +366,26 @@ impl Script<'_> {
         self.add(1, 2, "vm-1", "debian", 7).await;
     }
 
+    async fn roots(&mut self, since_generation: u64) {
+        let request = v1::ListRootsRequest { since_generation, after: None, limit: 0 };
+        let done = self.catalog.list_roots(request).await;
+        self.hear(outcome(done, |page| {
+            let roots: Vec<_> =
+                page.roots.iter().map(|root| format!("{}@{}", root.image, root.number)).collect();
+            format!("{roots:?} more {}", page.next.is_some())
+        }));
+        let bound = self.catalog.get_collection_bound(v1::CollectionBoundRequest {}).await;
+        self.hear(outcome(bound, |bound| bound.generation.to_string()));
+    }
+
     async fn run(mut self) -> Vec<String> {
         self.images().await;
         let lease = self.snapshots().await;
         self.clones(lease).await;
         self.sets().await;
+        self.roots(0).await;
+        self.roots(2).await;
+        self.roots(1000).await;
         self.heard
     }
 }
@@ -488,6 +503,58 @@ async fn a_disk_survives_the_restart_of_the_whole_repository() {
         let found = verify(&store, reader.root(), patience, &|_, _| ()).await.unwrap();
         assert!(found.is_whole(), "{:?}", found.damage);
     }
+    futures::future::join_all(nodes.into_iter().map(Node::stop)).await;
+    server.stop().await;
+}
+
+/// The same promise for shards: of six real nodes any two may go, while it is written one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_erasure_coded_disk_survives_the_loss_of_two_nodes() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = MetadataServer::start(&dir.path().join("metadata")).await;
+    let repository = server.repository().await;
+    let catalog = repository.catalog();
+    let mut nodes = Vec::new();
+    for at in 0..6 {
+        let id = format!("{at:032x}");
+        nodes.push(Node::start(&dir.path().join(&id), &id, &**catalog).await);
+    }
+    let (name, policy) = ("coded".into(), "ec:4+2".into());
+    let pool = v1::CreatePoolRequest { name, policy, compression: "adaptive".into() };
+    let pool = catalog.create_pool(pool).await.unwrap();
+    let lease = LeaseKeeper::start(Arc::clone(catalog), "a test", LEASE_TTL);
+    let image = |name: &str| NewImage {
+        name: name.into(),
+        pool: "coded".into(),
+        chunk_size: ChunkSize::MIN,
+        fan_out: FanOut::DEFAULT,
+        writer: String::new(),
+    };
+    let debts = async || {
+        let request = v1::ListDebtRequest { pool: pool.id, after: None, limit: 0 };
+        catalog.list_debt(request).await.unwrap().debts
+    };
+    let limits = PersistLimits::default;
+    let whole = disk(1, 60);
+    import(&repository, &lease, &whole, image("whole"), limits(), &|_| ()).await.unwrap();
+    assert!(debts().await.is_empty());
+    nodes.remove(2).stop().await;
+    // Some of it is there already, and lacks a shard that nobody knew of so far.
+    let degraded = disk(1, 90);
+    import(&repository, &lease, &degraded, image("degraded"), limits(), &|_| ()).await.unwrap();
+    assert!(!debts().await.is_empty());
+    nodes.remove(0).stop().await;
+    let store = repository.pool(pool.id).await.unwrap();
+    for (name, expected) in [("whole", &whole), ("degraded", &degraded)] {
+        let (_, _, reader) = repository.open(at(name, 1)).await.unwrap();
+        let mut read = vec![0xAA; expected.bytes().len()];
+        reader.read(0, &mut read).await.unwrap();
+        assert!(read == expected.bytes(), "{name}");
+        let patience = Duration::from_secs(10);
+        let found = verify(&store, reader.root(), patience, &|_, _| ()).await.unwrap();
+        assert!(found.is_whole(), "{:?}", found.damage);
+    }
+    lease.shutdown().await;
     futures::future::join_all(nodes.into_iter().map(Node::stop)).await;
     server.stop().await;
 }

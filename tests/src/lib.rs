@@ -5,6 +5,7 @@
 //! | [`cluster`] | a `blobcr up` in a directory of its own |
 //! | [`daemon`] | a single role as a process |
 //! | [`disk_file`] | files that stand for disks |
+//! | [`etcd`] | an etcd of one or several members |
 //! | [`integrity`] | what holds for every byte: random operations, and testers by others |
 //! | [`guest_image`] | the smallest real guest, built from Debian's packages |
 //! | [`mounted`] | an attached disk: its file and its ioctls |
@@ -15,6 +16,7 @@
 pub mod cluster;
 pub mod daemon;
 pub mod disk_file;
+pub mod etcd;
 pub mod guest_image;
 pub mod integrity;
 pub mod mounted;

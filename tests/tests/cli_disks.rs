@@ -114,6 +114,35 @@ fn a_disk_with_changes_is_not_thrown_away_unasked() -> Result<()> {
 }
 
 #[test]
+fn what_a_disk_needs_is_pinned_and_not_removed_under_it() -> Result<()> {
+    let cluster = with_base(&[])?;
+    let disk = cluster.attach("base", "d1")?;
+    let refused = cluster.run(&["image", "remove", "base"])?;
+    assert_eq!(refused.code, 4, "{refused:?}");
+    assert!(refused.stderr.contains("base@1") && refused.stderr.contains("detach"), "{refused:?}");
+    let pins = cluster.json(&["snapshot", "pins"])?;
+    assert_eq!((&pins[0]["image"], &pins[0]["snapshot"]), (&"base".into(), &1.into()));
+    assert!(pins[0]["holder"].as_str().unwrap().ends_with("/d1"), "{pins}");
+    // So the first checkpoint finds its base, whoever tried to remove it.
+    write(&disk, 0, b"first")?;
+    let made = cluster.json(&["disk", "checkpoint", "d1", "--wait"])?;
+    let own = made["image"].as_str().unwrap();
+    assert_eq!(cluster.run(&["image", "remove", own])?.code, 4);
+    cluster.json(&["disk", "detach", "d1"])?;
+    assert_eq!(cluster.json(&["snapshot", "pins"])?.as_array().map(Vec::len), Some(0));
+
+    // An operator's pin keeps a snapshot that could go otherwise.
+    let made = format!("{own}@1");
+    assert_eq!(cluster.json(&["snapshot", "pin", &made])?["holder"], "operator");
+    assert_eq!(cluster.run(&["image", "remove", &made])?.code, 4);
+    assert_eq!(cluster.json(&["snapshot", "unpin", &made])?["state"], "unpinned");
+    for name in [&made, "base", own] {
+        cluster.json(&["image", "remove", name])?;
+    }
+    Ok(())
+}
+
+#[test]
 fn a_disk_grows_at_attach_and_is_never_cut() -> Result<()> {
     let cluster = with_base(&[])?;
     let args = ["disk", "attach", "base", "d1", "--size", "1G"];

@@ -171,6 +171,49 @@ fn a_node_that_is_down_shows_and_its_copies_are_elsewhere() -> Result<()> {
     processes.stop()
 }
 
+/// Writes to disk `d1` and makes it a snapshot.
+fn written(processes: &Processes, path: &Path, seed: u64, offset: u64) -> Result<Value> {
+    let file = fs::File::options().write(true).open(path)?;
+    file.write_all_at(&noise(seed, 3 << 20), offset)?;
+    drop(file);
+    processes.json(&["disk", "checkpoint", "d1", "--wait"])
+}
+
+#[test]
+fn an_erasure_coded_pool_goes_on_without_one_node_and_is_read_without_two() -> Result<()> {
+    let mut processes = Processes::start(6, "ec:4+2")?;
+    let raw = image(&processes)?;
+    processes.json(&["image", "import", text(&raw), "base"])?;
+    let disk = processes.json(&["disk", "attach", "base", "d1"])?;
+    let path = PathBuf::from(disk["path"].as_str().context("no path")?);
+    same(&raw, &path)?;
+    assert_eq!(written(&processes, &path, 6, 1 << 20)?["state"], "stable");
+    assert_eq!(processes.json(&["status"])?["degraded_chunks"], 0);
+    let first = processes.path("first");
+    fs::copy(&path, &first)?;
+
+    processes.nodes.remove(1).kill()?;
+    let made = written(&processes, &path, 7, 9 << 20)?;
+    assert_eq!(made["state"], "stable", "one node less does not stop writes");
+    assert!(processes.json(&["status"])?["degraded_chunks"].as_u64() > Some(0));
+
+    processes.nodes.remove(3).kill()?;
+    let checkpoints = made["image"].as_str().context("no image")?;
+    let newest = made["snapshot"].as_u64().context("no number")?;
+    for (number, expected) in [(newest - 1, &first), (newest, &path)] {
+        let (name, out) = (format!("{checkpoints}@{number}"), processes.path("out"));
+        processes.json(&["image", "export", &name, text(&out)])?;
+        same(expected, &out)?;
+        fs::remove_file(&out)?;
+        assert_eq!(processes.json(&["snapshot", "verify", &name])?["intact"], true, "{name}");
+    }
+    let other = sparse(&processes.path("other"), 8 << 20, &[(0, &noise(9, 4 << 20))])?;
+    let at = processes.mirror.address();
+    let refused: Ran = run(at.as_ref(), &["image", "import", text(&other), "other"])?;
+    assert_eq!(refused.code, 5, "two nodes less are too few to write: {refused:?}");
+    processes.stop()
+}
+
 #[test]
 fn the_roles_wait_for_a_metadata_server_that_is_away() -> Result<()> {
     let mut processes = Processes::start(1, "replica:1")?;

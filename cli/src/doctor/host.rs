@@ -84,12 +84,12 @@ const SKEW_MS_MAX: u64 = 2_000;
 pub(super) async fn endpoint_clock(endpoint: &str) -> Check {
     const NAME: &str = "endpoint";
     let asked = now_unix_ms();
-    let address = match crate::endpoint::resolve(Some(endpoint)) {
-        Ok(address) => address,
+    let addresses = match crate::endpoint::resolve_all(Some(endpoint)) {
+        Ok(addresses) => addresses,
         Err(e) => return Check::warn(NAME, e.to_string(), "start it, or name another --endpoint"),
     };
-    let description = match session::describe(&address).await {
-        Ok(description) => description,
+    let (address, description) = match session::describe_first(&addresses).await {
+        Ok(described) => described,
         Err(e) => return Check::warn(NAME, e.to_string(), "start it, or name another --endpoint"),
     };
     let answered = now_unix_ms();

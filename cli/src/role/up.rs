@@ -15,8 +15,8 @@ use std::time::Duration;
 use anyhow::Context;
 use blobcr_ckpt_proxy::{Proxy, ProxyOptions};
 use blobcr_metadata::MetadataService;
-use blobcr_metadata::policy::Policy;
 use blobcr_mirror_fuse::Host;
+use blobcr_proto::policy::Policy;
 use blobcr_repo_node::server_builder;
 use blobcr_repository::{ConnectOptions, Repository};
 

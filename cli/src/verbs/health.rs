@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
+use blobcr_proto::policy::Policy;
 use blobcr_proto::v1::record_store_client::RecordStoreClient;
 use blobcr_proto::{Hash, MESSAGE_BYTES_MAX, v1};
-use blobcr_repository::placement::{Placement, Policy};
+use blobcr_repository::placement::Placement;
 use blobcr_repository::{CatalogError, Repository};
 
 use crate::channel::{lazy, within};
@@ -89,7 +90,7 @@ async fn on_down_nodes(
 ) -> anyhow::Result<Option<Vec<u64>>> {
     let policy: Policy = pool.policy.parse()?;
     let partitions = table.partitions.clone();
-    let placement = Placement::new(table, policy.width())
+    let placement = Placement::new(table, policy.nodes())
         .map_err(|e| Refusal::new(Exit::Integrity, e.to_string()))?;
     let is_down = |at: &u32| down.contains(placement.nodes()[*at as usize].id.as_str());
     // A partition that moves from as many nodes as it needs may be there alone still.

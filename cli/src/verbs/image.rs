@@ -150,7 +150,7 @@ async fn check_pool(repository: &Repository, name: &str) -> anyhow::Result<()> {
         Err(CatalogError::NotFound(_)) => {
             let message = format!(
                 "there is no pool {name}; list them with `blobcr pool list`, or make it with \
-                 `blobcr pool create {name} --policy replica:N`"
+                 `blobcr pool create {name} --policy replica:N|ec:K+M`"
             );
             Err(Refusal::new(Exit::NotFound, message).into())
         }

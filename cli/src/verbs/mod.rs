@@ -4,6 +4,7 @@ pub mod disk;
 mod health;
 pub mod image;
 pub mod node;
+mod pins;
 pub mod pool;
 pub mod snapshot;
 pub mod status;

@@ -7,7 +7,7 @@ use blobcr_repository::tree::{Geometry, diff};
 use blobcr_repository::{CatalogError, Damage, Repository};
 use serde::Serialize;
 
-use super::{image_ref, snapshot_ref};
+use super::{image_ref, pins, snapshot_ref};
 use crate::args::SnapshotCommand;
 use crate::channel::within;
 use crate::exit::{Exit, Refusal};
@@ -36,6 +36,13 @@ pub async fn run(
         }
         SnapshotCommand::Diff { from, to } => differences(&repository, &from, &to, output).await,
         SnapshotCommand::Verify { snapshot } => verify(&repository, &snapshot, output).await,
+        SnapshotCommand::Pin { snapshot, holder } => {
+            pins::add(&repository, &snapshot, holder, output).await
+        }
+        SnapshotCommand::Unpin { snapshot, holder } => {
+            pins::remove(&repository, &snapshot, holder, output).await
+        }
+        SnapshotCommand::Pins => pins::list(&repository, output).await,
     }
 }
 

@@ -20,6 +20,7 @@ mod image_name;
 mod lease;
 mod lease_work;
 mod node;
+mod pin;
 mod placement;
 mod pool;
 mod pool_name;
@@ -36,6 +37,7 @@ pub use image_name::ImageNameRecord;
 pub use lease::LeaseRecord;
 pub use lease_work::LeaseWorkRecord;
 pub use node::{NodeRecord, check_node_id};
+pub use pin::{HOLDER_BYTES_MAX, PinRecord, check_holder};
 pub use placement::{MovingFrom, PART_ROWS, PlacementPartRecord, PlacementRecord, TABLE_NODES_MAX};
 pub use pool::PoolRecord;
 pub use pool_name::PoolNameRecord;
@@ -70,6 +72,7 @@ use crate::store::Key;
 /// | `Removal` | image id, 8 | [`RemovalRecord`] |
 /// | `Debt` | pool id, 4; partition, 4 | [`DebtRecord`] |
 /// | `Cluster` | nothing | [`ClusterRecord`] |
+/// | `Pin` | image id, 8; number, 8; holder | [`PinRecord`] |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum KeyKind {
@@ -105,6 +108,8 @@ pub enum KeyKind {
     Debt = 15,
     /// Which repository this is.
     Cluster = 16,
+    /// A snapshot that somebody needs.
+    Pin = 24,
 }
 
 /// A stored value that is not what it should be.

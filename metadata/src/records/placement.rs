@@ -2,8 +2,8 @@
 //! version's head names the nodes, and parts of that version hold the rows.
 
 use super::{KeyBuilder, KeyKind, Record};
-use crate::policy::POLICY_NODES_MAX;
 use crate::store::Key;
+use blobcr_proto::policy::POLICY_NODES_MAX;
 
 /// Nodes of one pool's table at most: their ids fit one record, and their index two bytes.
 pub const TABLE_NODES_MAX: usize = 512;

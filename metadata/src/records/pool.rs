@@ -3,8 +3,8 @@
 use blobcr_proto::{PoolName, v1};
 
 use super::{KeyBuilder, KeyKind, Record};
-use crate::policy::{Compression, Policy};
 use crate::store::Key;
+use blobcr_proto::policy::{Compression, Policy};
 
 /// A set of repository nodes with one redundancy policy.
 #[derive(Clone, PartialEq, prost::Message)]

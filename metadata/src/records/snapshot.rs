@@ -42,6 +42,9 @@ pub struct SnapshotRecord {
     /// The lease that it was begun under; 0 for that of a clone.
     #[prost(uint64, tag = "10")]
     pub lease_id: u64,
+    /// For an obsolete one: the generation of the newest lease when it became so.
+    #[prost(uint64, tag = "11")]
+    pub obsolete_generation: u64,
 }
 
 impl SnapshotRecord {

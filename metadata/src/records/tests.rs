@@ -89,6 +89,7 @@ fn snapshot() -> impl Strategy<Value = SnapshotRecord> {
                 reason,
                 writer,
                 lease_id: n[2],
+                obsolete_generation: n[1],
             }
         })
 }
@@ -182,7 +183,7 @@ proptest! {
         comes_back(&NodeRecord {
             id: text.replace('+', "-").chars().take(64).collect(),
             address: other.clone(),
-            domain: text,
+            domain: text.clone(),
             registered_unix_ms: c,
             last_seen_unix_ms: b,
             draining: flag,
@@ -193,6 +194,9 @@ proptest! {
         })?;
         comes_back(&LeaseWorkRecord { lease_id: a, image_id: b, number: c })?;
         comes_back(&RemovalRecord { image_id: a, marked: b })?;
+        comes_back(&PinRecord {
+            image_id: a, number: b, holder: text.clone(), image: text.clone(), created_unix_ms: c,
+        })?;
         comes_back(&DebtRecord { pool: n, partition: n % 1024, objects: a, since_unix_ms: b })?;
     }
 
@@ -342,6 +346,7 @@ fn golden_records_of_version_1() {
             reason: "none".to_owned(),
             writer: "host/disk".to_owned(),
             lease_id: 0x1122_3344_5566_7788,
+            obsolete_generation: 0,
         }),
         line(&SetRecord {
             group: "g".to_owned(),
@@ -399,6 +404,13 @@ fn golden_records_of_version_1() {
         }),
         line(&LeaseWorkRecord { lease_id: 0x1122_3344_5566_7788, image_id: 7, number: 3 }),
         line(&RemovalRecord { image_id: 7, marked: 2 }),
+        line(&PinRecord {
+            image_id: 7,
+            number: 3,
+            holder: "host/disk".to_owned(),
+            image: "base".to_owned(),
+            created_unix_ms: 1_700_000_000_003,
+        }),
     ];
     let found = lines.concat();
     assert_eq!(found, include_str!("../../golden/records-v1.txt"), "this program writes:\n{found}");

@@ -3,6 +3,7 @@
 //! | module | holds |
 //! |---|---|
 //! | [`sled`] | the embedded backend: one directory, one process |
+//! | `etcd` | the backend for several processes (feature `etcd`) |
 //! | [`watchers`] | delivery of changes, shared by the backends that live in this process |
 //! | `memory` | a backend without durability, for tests (feature `testing`) |
 //! | `conformance` | the suite that every backend passes (feature `testing`) |
@@ -14,6 +15,8 @@ use bytes::Bytes;
 
 #[cfg(any(test, feature = "testing"))]
 pub mod conformance;
+#[cfg(feature = "etcd")]
+pub mod etcd;
 #[cfg(any(test, feature = "testing"))]
 pub mod memory;
 pub mod sled;

@@ -5,7 +5,8 @@ use blobcr_proto::{ChunkSize, ImageName, v1};
 use super::{Held, RecordSwap, VersionManager, check_writer, list_limit, until_won};
 use crate::error::Error;
 use crate::records::{
-    Counter, ImageNameRecord, ImageRecord, KeyKind, RemovalRecord, SnapshotRecord, prefix_of,
+    Counter, ImageNameRecord, ImageRecord, KeyKind, PinRecord, RemovalRecord, SnapshotRecord,
+    prefix_of,
 };
 use crate::store::Swap;
 
@@ -213,7 +214,7 @@ impl VersionManager {
     /// rest.
     ///
     /// # Errors
-    /// [`Error::NotFound`] when there is none.
+    /// [`Error::NotFound`] when there is none, [`Error::Precondition`] while a snapshot is pinned.
     pub async fn remove_image(&self, r: v1::ImageRef) -> Result<v1::RemoveImageResponse, Error> {
         let id = self.image_record(&r).await?.value.id;
         {
@@ -227,6 +228,8 @@ impl VersionManager {
 
     async fn try_bury(&self, id: u64) -> Result<(), Error> {
         let image = self.image_record(&v1::ImageRef { name: String::new(), id }).await?;
+        let object = format!("image {:?}", image.value.name);
+        self.check_unpinned(&PinRecord::prefix_of_image(id), &object).await?;
         let name = ImageNameRecord { name: image.value.name.clone(), image_id: image.value.id };
         // A clock that stands at zero must not leave the image alive.
         let mut grave = image.value.clone();
@@ -251,6 +254,7 @@ impl VersionManager {
 
     async fn finish_removal(&self, image_id: u64) -> Result<(), Error> {
         let object = || format!("image with the id {image_id}");
+        let _turn = self.generation_turn.lock().await;
         while until_won!(self, object(), self.mark_page(image_id).await)? {}
         Ok(())
     }
@@ -263,13 +267,12 @@ impl VersionManager {
         let prefix = SnapshotRecord::prefix_of(image_id);
         let (snapshots, more) =
             self.page::<SnapshotRecord>(&prefix, Some(&after), MARKED_PER_SWAP).await?;
-        let mut swap = Swap::new();
+        let (generation, mut swap) = self.newest_generation(Swap::new()).await?;
         let mut marked = removal.value.marked;
         for snapshot in &snapshots {
             marked = snapshot.value.number;
             if snapshot.value.state() != v1::SnapshotState::Obsolete {
-                let mut obsolete = snapshot.value.clone();
-                obsolete.set_state(v1::SnapshotState::Obsolete);
+                let obsolete = super::snapshots::obsolete(&snapshot.value, generation);
                 swap = swap.update(snapshot, &obsolete);
             }
         }

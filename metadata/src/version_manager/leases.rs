@@ -1,11 +1,15 @@
 //! Leases: a writer's promise to be alive, and what happens when it is broken.
 //!
 //! A lease is *live* until its time runs out; leases get their full time again when the service
-//! starts, because nobody could renew them while it was down. A lease that ran out cannot be used or
+//! starts, or its store is back after it was away, because nobody could renew them meanwhile. Of
+//! several services over one store, the one that ends a lease first decides: the others find it
+//! closed. A lease that ran out cannot be used or
 //! renewed, but it *ends* only when its record goes: first it is closed, which no swap that relied
 //! on it survives, then its pending snapshots are failed, then the record is removed. Whatever was
 //! stored under a lease is spared by the collector until that, so clocks decide about convenience
 //! and never about data.
+
+use std::sync::atomic::Ordering;
 
 use blobcr_proto::v1;
 use blobcr_proto::v1::SnapshotState;
@@ -14,7 +18,8 @@ use super::snapshots::failed;
 use super::{Held, RecordSwap, VersionManager, check_writer, until_won};
 use crate::error::Error;
 use crate::records::{
-    Counter, KeyKind, LeaseRecord, LeaseWorkRecord, Record, SnapshotRecord, prefix_of,
+    Counter, CounterRecord, KeyKind, LeaseRecord, LeaseWorkRecord, Record, SnapshotRecord,
+    prefix_of,
 };
 use crate::store::{StoreError, Swap};
 
@@ -157,9 +162,24 @@ impl VersionManager {
         }
     }
 
+    /// Asks the store for something, to see whether it is there.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn reach_store(&self) -> Result<(), Error> {
+        self.load::<CounterRecord>(CounterRecord::key_of(Counter::Generation)).await?;
+        Ok(())
+    }
+
+    /// The store was away until now: leases get their full time again.
+    pub fn store_is_back(&self) {
+        self.renewable_unix_ms.fetch_max(self.now(), Ordering::SeqCst);
+    }
+
     fn is_live(&self, lease: &LeaseRecord) -> bool {
-        let since_start = self.started_unix_ms.saturating_add(lease.ttl_ms);
-        !lease.closed && self.now() < lease.expires_unix_ms.max(since_start)
+        let renewable = self.renewable_unix_ms.load(Ordering::SeqCst);
+        let again = renewable.saturating_add(lease.ttl_ms);
+        !lease.closed && self.now() < lease.expires_unix_ms.max(again)
     }
 
     /// A lease that something may be done under.

@@ -4,7 +4,9 @@
 //! |---|---|
 //! | [`images`] | create, find, list, clone, remove |
 //! | [`snapshots`] | begin, publish, fail, wait, remove |
+//! | [`pins`] | who needs a snapshot, so that it is not removed |
 //! | [`leases`] | a writer's promise to be alive, and what happens when it is broken |
+//! | [`collection`] | what the collector must spare |
 //! | [`pools`], [`nodes`] | redundancy, membership |
 //! | [`placement`], [`rebalance`] | which nodes hold a partition, and how that changes |
 //! | [`debt`] | what was acknowledged with too few copies |
@@ -21,9 +23,11 @@
 //!   [`VersionManager::expire_leases`] take it up again.
 //!
 //! *Deliberately absent:* memory of anything that is stored. Only blocks of image ids that nobody
-//! else will get are kept.
+//! else will get are kept, and since when leases could be renewed, which decides about nothing but
+//! how early this process ends them.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use tokio::sync::{Mutex, MutexGuard};
@@ -33,10 +37,12 @@ use crate::error::Error;
 use crate::records::{Counter, CounterRecord, Record, decode, encode};
 use crate::store::{Expect, Key, MetaStore, Swap, Version};
 
+pub mod collection;
 pub mod debt;
 pub mod images;
 pub mod leases;
 pub mod nodes;
+pub mod pins;
 pub mod placement;
 pub mod pools;
 pub mod rebalance;
@@ -66,8 +72,9 @@ pub struct VersionManager {
     store: Arc<dyn MetaStore>,
     clock: Arc<dyn Clock>,
     entropy: Arc<dyn Entropy>,
-    /// Leases get their full time from here: nobody could renew them while the service was down.
-    started_unix_ms: u64,
+    /// Leases get their full time from here: before, nobody could renew them. The start of this
+    /// process, or the end of the last time that its store was away.
+    renewable_unix_ms: AtomicU64,
     /// Nodes that were not heard of for so long are down.
     down_after: Duration,
     image_ids: Mutex<std::ops::Range<u64>>,
@@ -95,12 +102,12 @@ impl VersionManager {
         clock: Arc<dyn Clock>,
         entropy: Arc<dyn Entropy>,
     ) -> Self {
-        let started_unix_ms = clock.now_unix_ms();
+        let renewable_unix_ms = AtomicU64::new(clock.now_unix_ms());
         Self {
             store,
             clock,
             entropy,
-            started_unix_ms,
+            renewable_unix_ms,
             down_after: nodes::DOWN_AFTER_DEFAULT,
             image_ids: Mutex::new(0..0),
             generation_turn: Mutex::new(()),

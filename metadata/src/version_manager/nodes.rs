@@ -4,6 +4,7 @@
 //! new tables leave it out. It may come back at any time. States are derived from the clock when
 //! they are read; only draining and removal are stored.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use blobcr_proto::v1;
@@ -166,7 +167,7 @@ impl VersionManager {
         if node.removed_unix_ms != 0 {
             return NodeState::Removed;
         }
-        let seen = node.last_seen_unix_ms.max(self.started_unix_ms);
+        let seen = node.last_seen_unix_ms.max(self.renewable_unix_ms.load(Ordering::SeqCst));
         let silent = u128::from(self.now().saturating_sub(seen));
         if silent >= self.down_after.as_millis() {
             NodeState::Down

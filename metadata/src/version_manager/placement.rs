@@ -8,12 +8,12 @@ use blobcr_proto::v1::NodeState;
 use super::rebalance::{OldRow, rebalance};
 use super::{Held, RecordSwap, VersionManager, mix64, until_won};
 use crate::error::Error;
-use crate::policy::{POLICY_NODES_MAX, Policy};
 use crate::records::{
     Counter, CounterRecord, KeyKind, MovingFrom, NodeRecord, PART_ROWS, PlacementPartRecord,
     PlacementRecord, PoolRecord, Record, RecordError, TABLE_NODES_MAX, prefix_of,
 };
 use crate::store::Swap;
+use blobcr_proto::policy::{POLICY_NODES_MAX, Policy};
 
 /// A node that partitions can be given to.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,9 +4,9 @@ use blobcr_proto::{PoolName, v1};
 
 use super::{Held, RecordSwap, VersionManager, until_won};
 use crate::error::Error;
-use crate::policy::{Compression, Policy};
 use crate::records::{Counter, KeyKind, PoolNameRecord, PoolRecord, prefix_of};
 use crate::store::Swap;
+use blobcr_proto::policy::{Compression, Policy};
 
 /// Partitions of a pool's placement table: enough to balance the largest pool that a table can
 /// hold, few enough that readers keep the whole of it.

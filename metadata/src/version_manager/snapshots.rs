@@ -8,7 +8,7 @@ use blobcr_proto::v1::SnapshotState;
 use super::{Held, RecordSwap, VersionManager, check_writer, list_limit, until_won};
 use crate::error::Error;
 use crate::records::{
-    ImageRecord, LeaseWorkRecord, SNAPSHOT_NUMBER_MAX, SnapshotRecord, check_root,
+    ImageRecord, LeaseWorkRecord, PinRecord, SNAPSHOT_NUMBER_MAX, SnapshotRecord, check_root,
 };
 use crate::store::{StoreError, Swap};
 
@@ -341,9 +341,10 @@ impl VersionManager {
     /// Marks a snapshot obsolete. Nothing happens to one that is.
     ///
     /// # Errors
-    /// [`Error::Precondition`] for the latest of its image and for one that is pending.
+    /// [`Error::Precondition`] for the latest of its image and for one that is pending or pinned.
     pub async fn remove_snapshot(&self, r: v1::SnapshotRef) -> Result<v1::Snapshot, Error> {
         let number = r.number;
+        let _turn = self.generation_turn.lock().await;
         until_won!(self, format!("snapshot {number}"), self.try_remove_snapshot(&r).await)
     }
 
@@ -363,10 +364,22 @@ impl VersionManager {
             }
             SnapshotState::Stable | SnapshotState::Failed | SnapshotState::Unspecified => {}
         }
-        let mut obsolete = snapshot.value.clone();
-        obsolete.set_state(SnapshotState::Obsolete);
-        self.store.swap(Swap::new().update(&snapshot, &obsolete)).await?;
+        let pins = PinRecord::prefix_of(image.value.id, snapshot.value.number);
+        self.check_unpinned(&pins, &object).await?;
+        let (generation, swap) = self.newest_generation(Swap::new()).await?;
+        let obsolete = obsolete(&snapshot.value, generation);
+        // Making a pin writes the image's record.
+        self.store.swap(swap.unchanged(&image).update(&snapshot, &obsolete)).await?;
         Ok(obsolete.to_wire(name))
+    }
+}
+
+/// A snapshot as an obsolete one, marked while `generation` was the newest.
+pub(super) fn obsolete(snapshot: &SnapshotRecord, generation: u64) -> SnapshotRecord {
+    SnapshotRecord {
+        state: SnapshotState::Obsolete.into(),
+        obsolete_generation: generation,
+        ..snapshot.clone()
     }
 }
 
@@ -378,6 +391,6 @@ pub(super) fn failed(snapshot: &SnapshotRecord, reason: &str) -> SnapshotRecord 
     SnapshotRecord { state: SnapshotState::Failed.into(), reason, ..snapshot.clone() }
 }
 
-fn id_ref(id: u64) -> v1::ImageRef {
+pub(super) fn id_ref(id: u64) -> v1::ImageRef {
     v1::ImageRef { name: String::new(), id }
 }

@@ -126,6 +126,42 @@ async fn a_restart_gives_every_lease_its_time_again() {
 }
 
 #[tokio::test]
+async fn a_store_that_was_away_gives_every_lease_its_time_again() {
+    let f = Fixture::new().await;
+    let other = f.restarted();
+    let lease = f.lease().await;
+    // The store was down for an hour, and the services went on.
+    f.clock.advance_ms(3_600_000);
+    f.manager.store_is_back();
+    other.manager.store_is_back();
+    assert_eq!(f.manager.expire_leases().await.unwrap(), 0);
+    assert_eq!(other.manager.expire_leases().await.unwrap(), 0);
+    f.clock.advance_ms(TTL_MS - 1);
+    other.manager.renew_lease(renew(lease)).await.unwrap();
+    f.clock.advance_ms(TTL_MS - 1);
+    assert_eq!(f.manager.expire_leases().await.unwrap(), 0, "renewed at another service");
+    f.clock.advance_ms(1);
+    assert_eq!(f.manager.expire_leases().await.unwrap(), 1);
+}
+
+/// Of two services, one was started just now and gives every lease its time again; the other ends
+/// it. Then it has ended for both.
+#[tokio::test]
+async fn a_lease_that_one_service_has_ended_is_dead_at_all() {
+    let f = Fixture::new().await;
+    let image = f.image("i", "w").await;
+    let lease = f.lease().await;
+    f.manager.begin_snapshot(begin(image.id, 1, lease, "w")).await.unwrap();
+    f.clock.advance_ms(TTL_MS);
+    let young = f.restarted();
+    assert_eq!(young.manager.expire_leases().await.unwrap(), 0);
+    assert_eq!(f.manager.expire_leases().await.unwrap(), 1);
+    let late = young.manager.publish_snapshot(publish(image.id, 1, lease, "w", 1)).await;
+    refused(late, Kind::Precondition, &["failed", "ran out"]);
+    refused(young.manager.renew_lease(renew(lease)).await, Kind::Precondition, &["ended"]);
+}
+
+#[tokio::test]
 async fn the_collector_waits_for_the_oldest_lease_that_has_not_ended() {
     let f = Fixture::new().await;
     assert_eq!(f.manager.oldest_generation().await.unwrap(), None);

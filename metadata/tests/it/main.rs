@@ -2,14 +2,18 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod collection;
 mod concurrent;
 mod debt;
+mod etcd;
 mod fixture;
 mod flaky;
 mod images;
 mod leases;
 mod membership;
+mod migrate;
 mod model;
+mod pins;
 mod placement;
 mod races;
 mod rebalance;

@@ -47,10 +47,12 @@ impl Shared {
         let upstream = &self.common.deps.upstream;
         let made = upstream.clone_image(&name, &reference, &self.spec.writer).await;
         let made = made.map_err(|error| self.upstream_error(error))?;
-        self.generation.load().check()?;
         let image = made.image.unwrap_or_default();
         let first = made.snapshot.map_or(1, |snapshot| snapshot.number);
         let next = image.highest_number.max(first) + 1;
+        let pinned = upstream.pin(image.id, first, &self.pin_holder()).await;
+        pinned.map_err(|error| self.upstream_error(error))?;
+        self.generation.load().check()?;
         let image = CheckpointImage { name: image.name, id: image.id };
         self.state.update(|facts| {
             facts.checkpoint = Some(image.clone());

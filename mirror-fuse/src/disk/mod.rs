@@ -86,6 +86,8 @@ pub use upstreams::{
     Base, BaseOpener, Persisted, SnapshotChunks, SnapshotKey, Source, Upstream, Work,
 };
 
+pub(crate) use shared::pin_holder;
+
 use aside::Room;
 use generation::Generation;
 use read::{FetchedChunks, Go};
@@ -439,6 +441,18 @@ impl Disk {
     /// as before.
     pub async fn rollback(&self, number: u64) -> Result<(), DiskError> {
         self.shared.rollback(number).await
+    }
+
+    /// The snapshots that the repository must keep while the disk is attached, by image and number.
+    #[must_use]
+    pub fn needed_pins(&self) -> Vec<(u64, u64)> {
+        self.shared.needed_pins()
+    }
+
+    /// Takes a pin of this disk away that an earlier run left, unless it is needed. A rollback
+    /// cannot come to need it meanwhile.
+    pub(crate) async fn drop_pin_if_unneeded(&self, snapshot: (u64, u64)) {
+        self.shared.drop_pin_if_unneeded(snapshot).await;
     }
 
     /// Stops persisting, flushes, and leaves the directory for a quick start. Snapshots that are

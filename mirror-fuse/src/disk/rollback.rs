@@ -19,6 +19,9 @@ use super::shared::Shared;
 use super::upstreams::Source;
 use super::{DiskError, UpstreamError};
 
+/// The number of the snapshot that a clone begins with.
+const CLONED: u64 = 1;
+
 impl Shared {
     /// Goes on to its end when the caller goes away: were the lock given back while the generations
     /// are being swapped, a COMMIT could get a number that the new one hands out again.
@@ -41,8 +44,50 @@ impl Shared {
         // A CLONE tells the generation its first number: not one that is about to be replaced.
         let _no_clone = self.clone.lock().await;
         let source = self.rollback_source(number).await?;
+        let before = self.state.get().source;
+        let after = (source.image_id, source.number);
+        if !self.needed_pins().contains(&after) {
+            let upstream = &self.common.deps.upstream;
+            let pinned = upstream.pin(after.0, after.1, &self.pin_holder()).await;
+            pinned.map_err(|error| self.upstream_error(error))?;
+        }
         let shared = Arc::clone(&self);
-        self.common.blocking(move || shared.swap_generation(source)).await
+        let swapped = self.common.blocking(move || shared.swap_generation(source)).await;
+        // Whichever of the two is not needed now.
+        self.unpin_unless_needed((before.image_id, before.number)).await;
+        self.unpin_unless_needed(after).await;
+        swapped
+    }
+
+    async fn unpin_unless_needed(&self, (image_id, number): (u64, u64)) {
+        if self.needed_pins().contains(&(image_id, number)) {
+            return;
+        }
+        let upstream = &self.common.deps.upstream;
+        if let Err(error) = upstream.unpin(image_id, number, &self.pin_holder()).await {
+            // The mirror's next start takes away what no disk needs.
+            tracing::warn!(disk = self.disk(), %error, "a pin that is not needed any more stays");
+        }
+    }
+
+    pub(super) async fn drop_pin_if_unneeded(&self, snapshot: (u64, u64)) {
+        let _no_rollback = self.commit.lock().await;
+        // A CLONE pins before it records that it needs the pin.
+        let _no_clone = self.clone.lock().await;
+        self.unpin_unless_needed(snapshot).await;
+    }
+
+    /// The snapshots that the repository must keep for the disk, by image and number: the one below
+    /// it, the attached one, which is cloned at the first CHECKPOINT, and then the clone.
+    pub(super) fn needed_pins(&self) -> Vec<(u64, u64)> {
+        let durable = self.state.get();
+        let mut needed = vec![(durable.source.image_id, durable.source.number)];
+        match durable.checkpoint {
+            Some(image) => needed.push((image.id, CLONED)),
+            None => needed.push((self.spec.source.image_id, self.spec.source.number)),
+        }
+        needed.dedup();
+        needed
     }
 
     /// Waits until nothing is pending, or the disk is stopped.

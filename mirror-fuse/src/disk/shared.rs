@@ -21,6 +21,11 @@ pub(super) const NUMBERS_RESERVED: u64 = 64;
 /// Outcomes that are kept in memory for who waits; the repository knows the older ones.
 const SETTLED_MAX: usize = 1024;
 
+/// How a mirror's disk is called where it holds a pin.
+pub(crate) fn pin_holder(writer: &str, disk: &str) -> String {
+    format!("{writer}/{disk}")
+}
+
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) spec: DiskSpec,
@@ -90,6 +95,11 @@ impl Shared {
 
     pub(super) fn upstream_error(&self, source: UpstreamError) -> DiskError {
         DiskError::Upstream { disk: self.disk().to_owned(), source }
+    }
+
+    /// How the disk is called where it holds a pin.
+    pub(super) fn pin_holder(&self) -> String {
+        pin_holder(&self.spec.writer, self.disk())
     }
 
     /// Refuses what is beyond the end.

@@ -148,6 +148,13 @@ pub trait Upstream: Send + Sync + 'static {
     /// The snapshot's record; number 0 is the newest stable one.
     async fn snapshot(&self, image_id: u64, number: u64) -> Result<v1::Snapshot, UpstreamError>;
 
+    /// Keeps the collector from a stable snapshot, and its image from being removed, for `holder`.
+    /// Idempotent.
+    async fn pin(&self, image_id: u64, number: u64, holder: &str) -> Result<(), UpstreamError>;
+
+    /// Takes the holder's pin away; nothing happens when there is none.
+    async fn unpin(&self, image_id: u64, number: u64, holder: &str) -> Result<(), UpstreamError>;
+
     /// The numbers of the image's pending snapshots.
     async fn pending(&self, image_id: u64) -> Result<Vec<u64>, UpstreamError>;
 }

@@ -64,9 +64,17 @@ impl Host {
         })?;
         let (image, snapshot) = self.0.repository.snapshot(wanted).await?;
         let spec = self.spec(&name, &image, &snapshot, request.size_bytes)?;
+        self.pin(&name, (image.id, snapshot.number)).await?;
         let dir = self.disk_dir(name.as_str());
         let (bases, deps) = self.deps();
-        let disk = spawn_blocking(move || Disk::create(&dir, spec, deps)).await??;
+        let created = spawn_blocking(move || Disk::create(&dir, spec, deps)).await?;
+        let disk = match created {
+            Ok(disk) => disk,
+            Err(error) => {
+                self.unpin(&name, &[(image.id, snapshot.number)]).await;
+                return Err(error.into());
+            }
+        };
         let served = self.serve(disk, bases);
         place.serve(Arc::clone(&served));
         tracing::info!(disk = %name, image = image.name, snapshot = snapshot.number, "attached");
@@ -138,12 +146,15 @@ impl Host {
                 status.pending.len()
             )));
         }
-        self.0.disks.remove(name);
-        self.forget_name(name).await;
         let disk = Arc::clone(&served.disk);
         drop(served);
+        let (disk_name, pins) = (disk.spec().name.clone(), disk.needed_pins());
+        // Nobody attaches a disk of this name while pins are taken away.
+        let _place = self.0.disks.retire(&disk_name);
+        self.forget_name(name).await;
         disk.remove().await?;
         drop(closed);
+        self.unpin(&disk_name, &pins).await;
         tracing::info!(disk = name, "detached");
         Ok(())
     }

@@ -3,6 +3,7 @@
 mod disks;
 mod error;
 mod options;
+mod pins;
 
 use std::fs::File;
 use std::io;
@@ -77,6 +78,7 @@ impl Host {
             }
             return Err(error);
         }
+        tokio::spawn(pins::settle(Arc::downgrade(&host.0), host.0.stopping.subscribe()));
         tokio::spawn(make_room(Arc::clone(&host.0.cache), host.0.stopping.subscribe()));
         Ok(host)
     }

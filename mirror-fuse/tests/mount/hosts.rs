@@ -187,6 +187,69 @@ fn disks_are_there_again_after_a_restart_even_without_the_repository() {
     assert!(fs::read(shown).unwrap() == model);
 }
 
+/// What is pinned: snapshots, and the disks that pin them.
+fn pins(world: &World) -> Vec<(String, String)> {
+    let all = v1::ListPinsRequest::default();
+    let page = world.block_on(world.repository.catalog().list_pins(all)).unwrap();
+    let described = page.pins.into_iter().map(|pin| {
+        let disk = pin.holder.rsplit('/').next().unwrap_or_default().to_owned();
+        (format!("{}@{}", pin.image, pin.number), disk)
+    });
+    described.collect()
+}
+
+#[test]
+fn a_disk_pins_what_it_needs_from_its_attach_to_its_detach() {
+    let world = World::new();
+    world.image("vm", pattern(4 * CHUNK));
+    let mirror = world.start();
+    mirror.attach("vm", "d");
+    let of = |snapshot: &str| (snapshot.to_owned(), "d".to_owned());
+    assert_eq!(pins(&world), [of("vm@1")]);
+    assert!(mirror.try_attach("vm", 0, "d", 0).is_err(), "the name is taken");
+    assert!(mirror.try_attach("vm", 0, "small", 1).is_err());
+    assert_eq!(pins(&world), [of("vm@1")]);
+    let named = |name: &str| v1::ImageRef { name: name.to_owned(), id: 0 };
+    let remove = |name: &str| world.block_on(world.repository.catalog().remove_image(named(name)));
+    assert!(matches!(remove("vm"), Err(CatalogError::Precondition(_))));
+    let made = mirror.checkpoint("d");
+    mirror.wait_stable(&made);
+    assert_eq!(pins(&world), [of("vm@1"), of(&format!("{}@1", made.image))]);
+    assert!(matches!(remove(&made.image), Err(CatalogError::Precondition(_))));
+    mirror.block_on(mirror.host().rollback("d", made.number)).unwrap();
+    let own = [1, made.number].map(|number| of(&format!("{}@{number}", made.image)));
+    assert_eq!(pins(&world), own);
+    mirror.block_on(mirror.host().detach("d", false)).unwrap();
+    assert_eq!(pins(&world), []);
+    remove("vm").unwrap();
+    remove(&made.image).unwrap();
+}
+
+#[test]
+fn pins_that_a_crash_left_or_an_older_version_never_made_are_settled_at_start() {
+    let world = World::new();
+    world.image("vm", pattern(4 * CHUNK));
+    let mirror = world.start();
+    mirror.attach("vm", "old");
+    let writer = mirror.host().writer().to_owned();
+    mirror.stop();
+    let catalog = world.repository.catalog();
+    let all = v1::ListPinsRequest::default();
+    let pinned = world.block_on(catalog.list_pins(all)).unwrap().pins.remove(0);
+    let v1::Pin { image_id, number, holder, .. } = pinned;
+    let request = v1::UnpinSnapshotRequest { image_id, number, holder };
+    world.block_on(catalog.unpin_snapshot(request)).unwrap();
+    for holder in [format!("{writer}/half-made"), "mirror-other/d".to_owned()] {
+        let image = Some(v1::ImageRef { name: "vm".into(), id: 0 });
+        let snapshot = Some(v1::SnapshotRef { image, number: 1 });
+        let request = v1::PinSnapshotRequest { snapshot, holder };
+        world.block_on(catalog.pin_snapshot(request)).unwrap();
+    }
+    let _mirror = world.start();
+    let settled = [("vm@1", "old"), ("vm@1", "d")].map(|(s, d)| (s.to_owned(), d.to_owned()));
+    eventually("its own pins are settled, another's left alone", || pins(&world) == settled);
+}
+
 #[test]
 fn a_second_mirror_and_unfit_mount_points_are_refused() {
     let world = World::new();

@@ -40,6 +40,12 @@ enum Repeat {
     Unsafe,
 }
 
+impl Repeat {
+    const fn safe_if(safe: bool) -> Self {
+        if safe { Self::Safe } else { Self::Unsafe }
+    }
+}
+
 /// A [`Catalog`] served by one or several metadata servers, which are asked in turn until one
 /// answers. The one that answered is asked first the next time.
 #[derive(Debug)]
@@ -166,7 +172,7 @@ struct Limits {
     attempt: Duration,
 }
 
-/// The implementation with one method per RPC, and `wait_snapshot`, which is not like the others.
+/// The implementation with one method per RPC, and those that are not like the others.
 /// (The attribute does not see methods that a macro makes inside of the block.)
 macro_rules! catalog_of {
     ($($name:ident($request:ty) -> $answer:ty, $repeat:ident;)*) => {
@@ -179,6 +185,33 @@ macro_rules! catalog_of {
                 })
                 .await
             })*
+
+            /// A pending snapshot is handed out again to the writer who began it under that number.
+            async fn begin_snapshot(
+                &self,
+                request: v1::BeginSnapshotRequest,
+            ) -> Result<v1::Snapshot, CatalogError> {
+                let repeat =
+                    Repeat::safe_if(request.number != 0 && !request.writer.is_empty());
+                self.call(repeat, self.limits(), |mut client, patience| {
+                    let request = timed(request.clone(), patience);
+                    async move { client.begin_snapshot(request).await }
+                })
+                .await
+            }
+
+            /// A second one finds the name taken, and the image says by which writer.
+            async fn clone_image(
+                &self,
+                request: v1::CloneImageRequest,
+            ) -> Result<v1::CloneImageResponse, CatalogError> {
+                let repeat = Repeat::safe_if(!request.writer.is_empty());
+                self.call(repeat, self.limits(), |mut client, patience| {
+                    let request = timed(request.clone(), patience);
+                    async move { client.clone_image(request).await }
+                })
+                .await
+            }
 
             async fn wait_snapshot(
                 &self,
@@ -194,17 +227,20 @@ catalog_of! {
     create_image(v1::CreateImageRequest) -> v1::Image, Unsafe;
     get_image(v1::ImageRef) -> v1::Image, Safe;
     list_images(v1::ListImagesRequest) -> v1::ListImagesResponse, Safe;
-    clone_image(v1::CloneImageRequest) -> v1::CloneImageResponse, Unsafe;
     remove_image(v1::ImageRef) -> v1::RemoveImageResponse, Unsafe;
-    begin_snapshot(v1::BeginSnapshotRequest) -> v1::Snapshot, Unsafe;
     publish_snapshot(v1::PublishSnapshotRequest) -> v1::Snapshot, Safe;
     fail_snapshot(v1::FailSnapshotRequest) -> v1::Snapshot, Safe;
     get_snapshot(v1::SnapshotRef) -> v1::Snapshot, Safe;
     list_snapshots(v1::ListSnapshotsRequest) -> v1::ListSnapshotsResponse, Safe;
     remove_snapshot(v1::SnapshotRef) -> v1::Snapshot, Safe;
+    pin_snapshot(v1::PinSnapshotRequest) -> v1::Pin, Safe;
+    unpin_snapshot(v1::UnpinSnapshotRequest) -> v1::UnpinSnapshotResponse, Safe;
+    list_pins(v1::ListPinsRequest) -> v1::ListPinsResponse, Safe;
     acquire_lease(v1::AcquireLeaseRequest) -> v1::Lease, Unsafe;
     renew_lease(v1::RenewLeaseRequest) -> v1::Lease, Safe;
     release_lease(v1::ReleaseLeaseRequest) -> v1::ReleaseLeaseResponse, Safe;
+    get_collection_bound(v1::CollectionBoundRequest) -> v1::CollectionBound, Safe;
+    list_roots(v1::ListRootsRequest) -> v1::ListRootsResponse, Safe;
     create_pool(v1::CreatePoolRequest) -> v1::Pool, Unsafe;
     get_pool(v1::PoolRef) -> v1::Pool, Safe;
     list_pools(v1::ListPoolsRequest) -> v1::ListPoolsResponse, Safe;

@@ -1,8 +1,8 @@
 //! The connections to repository nodes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use blobcr_proto::v1::record_store_client::RecordStoreClient;
@@ -15,9 +15,9 @@ use super::status::NodeError;
 use super::{AddressError, ConnectOptions, channel, timed};
 use crate::StoreError;
 
-/// A node that did not answer is asked last for so long, so that reads do not wait for it again
-/// and again.
-const SUSPECT_FOR: Duration = Duration::from_secs(2);
+/// A node that did not answer, or was slow to, is asked last for so long, so that reads do not wait
+/// for it again and again.
+const ASK_LAST_FOR: Duration = Duration::from_secs(2);
 
 /// The connections to one node.
 #[derive(Debug)]
@@ -76,6 +76,12 @@ impl NodeLink {
         let request = timed(request, self.write_deadline);
         within(self.write_deadline, client.touch(request)).await
     }
+
+    async fn status(&self) -> Result<v1::NodeStatus, NodeError> {
+        let mut client = self.client();
+        let request = timed(v1::NodeStatusRequest {}, self.read_deadline);
+        within(self.read_deadline, client.status(request)).await
+    }
 }
 
 async fn within<T>(
@@ -89,17 +95,28 @@ async fn within<T>(
     }
 }
 
+/// What is known of nodes that are not as they should be, by address.
+#[derive(Debug, Default)]
+struct Doubts {
+    /// Not to be asked first before then.
+    ask_last_until: HashMap<String, Instant>,
+    /// Did not answer the last time, and not since.
+    away: HashSet<String>,
+    /// Asked in the background whether they are back.
+    probed: HashSet<String>,
+}
+
 /// The nodes that were ever needed, by address, and which of them did not answer lately.
 #[derive(Debug)]
 pub(super) struct Links {
     options: ConnectOptions,
     by_address: Mutex<HashMap<String, Arc<NodeLink>>>,
-    suspects: Mutex<HashMap<String, Instant>>,
+    doubts: Mutex<Doubts>,
 }
 
 impl Links {
     pub(super) fn new(options: ConnectOptions) -> Self {
-        Self { options, by_address: Mutex::default(), suspects: Mutex::default() }
+        Self { options, by_address: Mutex::default(), doubts: Mutex::default() }
     }
 
     pub(super) fn to(&self, address: &str) -> Result<Arc<NodeLink>, StoreError> {
@@ -114,22 +131,53 @@ impl Links {
         Ok(link)
     }
 
-    pub(super) fn is_suspect(&self, address: &str) -> bool {
-        let suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
-        suspects.get(address).is_some_and(|until| Instant::now() < *until)
+    fn doubts(&self) -> MutexGuard<'_, Doubts> {
+        self.doubts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether others are to be asked first.
+    pub(super) fn is_asked_last(&self, address: &str) -> bool {
+        self.doubts().ask_last_until.get(address).is_some_and(|until| Instant::now() < *until)
+    }
+
+    /// Whether the node did not answer the last time.
+    pub(super) fn is_away(&self, address: &str) -> bool {
+        self.doubts().away.contains(address)
     }
 
     /// Remembers whether the node answered.
     pub(super) fn noted<T>(&self, link: &NodeLink, answer: &Result<T, NodeError>) {
-        let mut suspects = self.suspects.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut doubts = self.doubts();
         match answer {
             Err(NodeError::Unreachable(_)) => {
-                suspects.insert(link.address().to_owned(), Instant::now() + SUSPECT_FOR);
+                let until = Instant::now() + ASK_LAST_FOR;
+                doubts.ask_last_until.insert(link.address().to_owned(), until);
+                doubts.away.insert(link.address().to_owned());
             }
-            _ if suspects.is_empty() => {}
+            _ if doubts.ask_last_until.is_empty() => {}
             _ => {
-                suspects.remove(link.address());
+                doubts.ask_last_until.remove(link.address());
+                doubts.away.remove(link.address());
             }
         }
+    }
+
+    /// Remembers that the node took longer than usual. It may answer yet.
+    pub(super) fn lags(&self, link: &NodeLink) {
+        let until = Instant::now() + ASK_LAST_FOR;
+        self.doubts().ask_last_until.insert(link.address().to_owned(), until);
+    }
+
+    /// Finds out in the background whether a node that nobody waits for any more answers again.
+    pub(super) fn probe(self: &Arc<Self>, link: &Arc<NodeLink>) {
+        if !self.doubts().probed.insert(link.address().to_owned()) {
+            return;
+        }
+        let (links, link) = (Arc::clone(self), Arc::clone(link));
+        tokio::spawn(async move {
+            let answer = link.status().await;
+            links.noted(&link, &answer);
+            links.doubts().probed.remove(link.address());
+        });
     }
 }

@@ -432,8 +432,17 @@ async fn rollback_goes_back_and_on() {
     setup.disk.put(0, &pattern(6, SIZE as usize)).await;
     setup.disk.rollback(0).await.unwrap();
     assert_eq!(setup.disk.all().await, third);
+    // What is below the disk, and the clone, are kept; nothing else is.
+    assert_eq!(setup.world.pins(), [(setup.image(), 1), (setup.image(), 3)]);
     setup.disk.rollback(2).await.unwrap();
     assert_eq!(setup.disk.all().await, second);
+    assert_eq!(setup.world.pins(), [(setup.image(), 1), (setup.image(), 2)]);
+    setup.world.fail_next("pin", Failure::AnswerLost);
+    assert!(setup.disk.rollback(3).await.is_err());
+    assert_eq!(setup.disk.all().await, second, "without a pin the disk stays as it is");
+    setup.disk.drop_pin_if_unneeded((setup.image(), 3)).await;
+    setup.disk.drop_pin_if_unneeded((setup.image(), 2)).await;
+    assert_eq!(setup.world.pins(), [(setup.image(), 1), (setup.image(), 2)]);
     assert_eq!(setup.disk.status().dirty_bytes, 0);
     // What is committed now is a change of snapshot 2, not of 3.
     setup.disk.put(200_000, &pattern(7, 10)).await;
@@ -446,6 +455,7 @@ async fn rollback_goes_back_and_on() {
     let setup = setup.reopen("another").await;
     setup.disk.rollback(1).await.unwrap();
     assert_eq!(setup.disk.all().await, setup.base);
+    assert_eq!(setup.world.pins(), [(setup.image(), 1)]);
     eventually("old generations are deleted", || {
         std::fs::read_dir(setup.dir.path().join("disk"))
             .unwrap()

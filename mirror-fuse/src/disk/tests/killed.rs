@@ -55,6 +55,14 @@ impl Upstream for Offline {
         Err(UpstreamError::Unavailable("offline".into()))
     }
 
+    async fn pin(&self, _image: u64, _number: u64, _holder: &str) -> Result<(), UpstreamError> {
+        Ok(())
+    }
+
+    async fn unpin(&self, _image: u64, _number: u64, _holder: &str) -> Result<(), UpstreamError> {
+        Err(UpstreamError::Unavailable("offline".into()))
+    }
+
     async fn snapshot(&self, _image: u64, _number: u64) -> Result<v1::Snapshot, UpstreamError> {
         Err(UpstreamError::Unavailable("offline".into()))
     }

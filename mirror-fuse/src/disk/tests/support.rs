@@ -1,7 +1,7 @@
 //! Stand-ins for the world around a disk: a repository whose steps a test can hold, an attached
 //! snapshot, and a file system that knows what a power failure would leave.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::MutexGuard;
 
 use async_trait::async_trait;
@@ -56,6 +56,8 @@ struct Image {
 struct Repo {
     images: BTreeMap<u64, Image>,
     trees: HashMap<Vec<u8>, Arc<Content>>,
+    /// By image, snapshot and holder.
+    pins: BTreeSet<(u64, u64, String)>,
     /// Chunks of the attached snapshot that are on this host.
     local: HashSet<(u64, u64)>,
     /// Calls that fail next, by name: whether for good.
@@ -220,6 +222,11 @@ impl World {
         bytes_of(&repo.trees[&root.node.to_vec()], root.size_bytes)
     }
 
+    /// What is pinned, by image and snapshot.
+    pub(crate) fn pins(&self) -> Vec<(u64, u64)> {
+        self.repo().pins.iter().map(|(image, number, _)| (*image, *number)).collect()
+    }
+
     /// Drops the host's copies of the attached snapshots' chunks.
     pub(crate) fn evict(&self) {
         self.repo().local.clear();
@@ -284,6 +291,21 @@ impl Upstream for World {
         let snapshot =
             v1::Snapshot { image_id: id, number: 1, root: record.root, ..v1::Snapshot::default() };
         Ok(v1::CloneImageResponse { image: Some(image), snapshot: Some(snapshot) })
+    }
+
+    async fn pin(&self, image: u64, number: u64, holder: &str) -> Result<(), UpstreamError> {
+        let lost = self.enter("pin")?;
+        let mut repo = self.repo();
+        let record = &repo.images[&image].snapshots[&number];
+        assert_eq!(record.state, SnapshotState::Stable, "only a stable snapshot is pinned");
+        repo.pins.insert((image, number, holder.into()));
+        if lost.is_some() { Err(UpstreamError::Unavailable("answer lost".into())) } else { Ok(()) }
+    }
+
+    async fn unpin(&self, image: u64, number: u64, holder: &str) -> Result<(), UpstreamError> {
+        self.enter("unpin")?;
+        self.repo().pins.remove(&(image, number, holder.into()));
+        Ok(())
     }
 
     async fn begin(&self, key: &SnapshotKey) -> Result<(), UpstreamError> {

@@ -1,6 +1,16 @@
-//! A replicated pool over gRPC.
+//! A pool over gRPC: whole copies, or shards of which some suffice.
+//!
+//! *Invariant:* an object is acknowledged when as many nodes hold it as the policy asks for, or when
+//! fewer do and the metadata service has recorded what is owed.
 
+mod combine;
+mod debt;
+mod encode;
+mod gather;
+mod race;
 mod read;
+mod read_many;
+mod touch;
 mod write;
 
 use std::sync::{Arc, PoisonError, RwLock};
@@ -8,15 +18,21 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blobcr_proto::Hash;
+use blobcr_proto::policy::{Compression, Policy};
+use blobcr_proto::record::RecordKey;
 use blobcr_proto::v1::{self, RecordKind};
 use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::ConnectOptions;
 use super::link::{Links, NodeLink};
-use crate::compression::{Compression, Compressor};
-use crate::placement::{Placement, Policy};
+use debt::Debt;
+use race::Pace;
+
+use crate::compression::Compressor;
+use crate::placement::Placement;
 use crate::repository::PoolOpener;
+use crate::stripe::Stripe;
 use crate::{Catalog, CatalogError, Object, ObjectStore, StoreError, Stored};
 
 /// The placement table is asked for at most so often when nodes fail.
@@ -48,34 +64,51 @@ impl PoolOpener for RemotePools {
             CatalogError::Invalid(format!("pool {} cannot be used: {error}", pool.name))
         };
         let policy: Policy = pool.policy.parse().map_err(|e| invalid(format!("{e}")))?;
-        let Policy::Replica(replicas) = policy else {
-            let text = format!("policy {} is not yet supported by this version", pool.policy);
-            return Err(invalid(text));
-        };
         let compression: Compression =
             pool.compression.parse().map_err(|e| invalid(format!("{e}")))?;
+        let stripe = Stripe::of(policy).map(Arc::new);
+        let compression = match compression {
+            // All writers must cut the same shards: the codec may not go by what each measures.
+            Compression::Adaptive if stripe.is_some() => Compression::Lz4,
+            compression => compression,
+        };
         Ok(Arc::new(RemotePool {
             catalog: Arc::clone(catalog),
-            replicas: usize::from(replicas),
+            policy,
+            stripe,
             compressor: Arc::new(Compressor::new(compression, Arc::clone(&self.options.clock))),
             links: Arc::clone(&self.links),
             placement: RwLock::new(None),
             refresh: tokio::sync::Mutex::new(None),
+            chunk_pace: Pace::default(),
+            node_pace: Pace::default(),
             pool,
         }))
     }
 }
 
-/// One pool of policy `replica:N`.
+/// A node, and its place in the row of a partition: which shard it holds.
+#[derive(Debug, Clone)]
+struct Holder {
+    link: Arc<NodeLink>,
+    place: usize,
+}
+
+/// One pool.
 pub struct RemotePool {
     pool: v1::Pool,
-    replicas: usize,
+    policy: Policy,
+    /// How chunks are cut; `None` when they are kept as whole copies.
+    stripe: Option<Arc<Stripe>>,
     catalog: Arc<dyn Catalog>,
     compressor: Arc<Compressor>,
     links: Arc<Links>,
     placement: RwLock<Option<Arc<Placement>>>,
     /// When the table was last asked for. Held while it is.
     refresh: tokio::sync::Mutex<Option<Instant>>,
+    /// How long nodes take to answer: for chunks and for tree nodes.
+    chunk_pace: Pace,
+    node_pace: Pace,
 }
 
 impl std::fmt::Debug for RemotePool {
@@ -110,7 +143,7 @@ impl RemotePool {
         };
         let table = self.catalog.get_placement(of).await.map_err(|e| unavailable(e.to_string()))?;
         let placement =
-            Placement::new(table, self.replicas).map_err(|e| unavailable(e.to_string()))?;
+            Placement::new(table, self.policy.nodes()).map_err(|e| unavailable(e.to_string()))?;
         let placement = Arc::new(placement);
         *last = Some(Instant::now());
         *self.placement.write().unwrap_or_else(PoisonError::into_inner) =
@@ -119,47 +152,82 @@ impl RemotePool {
     }
 
     /// Runs `operation` under the table known; when a node cannot be reached and the table has
-    /// changed meanwhile, once more under the new one.
+    /// changed meanwhile, once more under the new one. What is owed after that is recorded.
     async fn under_placement<T, F>(
         &self,
         operation: impl Fn(Arc<Placement>) -> F,
     ) -> Result<T, StoreError>
     where
-        F: Future<Output = Result<T, StoreError>>,
+        F: Future<Output = Result<(T, Debt), StoreError>>,
     {
         let placement = self.placement().await?;
-        let error = match operation(Arc::clone(&placement)).await {
-            Err(error) if !matches!(error, StoreError::Damaged { .. }) => error,
-            done => return done,
+        let first = operation(Arc::clone(&placement)).await;
+        let missed = match &first {
+            Ok((_, debt)) => !debt.is_empty(),
+            Err(error) => !matches!(error, StoreError::Damaged { .. }),
         };
-        match self.refreshed(Some(&placement)).await {
-            Ok(newer) if !newer.same_nodes(&placement) => operation(newer).await,
-            _ => Err(error),
-        }
+        let newer = if missed { self.refreshed(Some(&placement)).await.ok() } else { None };
+        let (value, debt) = match newer {
+            Some(newer) if !newer.same_nodes(&placement) => operation(newer).await,
+            _ => first,
+        }?;
+        self.record(debt).await?;
+        Ok(value)
     }
 
-    /// The nodes of an object, first choice first, but those last that did not answer lately.
-    fn holders(&self, placement: &Placement, id: &Hash) -> Result<Vec<Arc<NodeLink>>, StoreError> {
-        let holders = placement.holders(id);
-        self.links_to(placement, &holders[..self.replicas.min(holders.len())])
+    /// How objects of `kind` are cut; `None` when each holder has a whole copy.
+    fn stripe_of(&self, kind: RecordKind) -> Option<&Arc<Stripe>> {
+        self.stripe.as_ref().filter(|_| kind != RecordKind::TreeNode)
     }
 
-    /// The nodes to read an object from, in the same order.
-    fn readers(&self, placement: &Placement, id: &Hash) -> Result<Vec<Arc<NodeLink>>, StoreError> {
-        self.links_to(placement, placement.readers(id))
+    fn pace_of(&self, kind: RecordKind) -> &Pace {
+        if kind == RecordKind::TreeNode { &self.node_pace } else { &self.chunk_pace }
     }
 
-    fn links_to(
+    /// The key of the record that the holder at `place` has of an object.
+    fn key_at(&self, kind: RecordKind, id: Hash, place: usize) -> RecordKey {
+        // A row has far fewer than 255 nodes.
+        let shard = self.stripe_of(kind).map_or(0, |_| place as u8 + 1);
+        RecordKey { kind, id, shard }
+    }
+
+    /// Indices of the nodes of an object, by place.
+    fn row<'p>(&self, placement: &'p Placement, kind: RecordKind, id: &Hash) -> &'p [u32] {
+        // Every row has as many nodes as the policy needs: the table was checked.
+        &placement.holders(id)[..self.policy.of(kind).nodes()]
+    }
+
+    /// The nodes of an object, by place.
+    fn holders(
         &self,
         placement: &Placement,
-        at: &[u32],
-    ) -> Result<Vec<Arc<NodeLink>>, StoreError> {
-        let mut holders = Vec::with_capacity(at.len());
-        for node in at {
-            holders.push(self.links.to(&placement.nodes()[*node as usize].address)?);
+        kind: RecordKind,
+        id: &Hash,
+    ) -> Result<Vec<Holder>, StoreError> {
+        let row = self.row(placement, kind, id).iter().enumerate();
+        row.map(|(place, node)| {
+            let link = self.links.to(&placement.nodes()[*node as usize].address)?;
+            Ok(Holder { link, place })
+        })
+        .collect()
+    }
+
+    /// The nodes to read an object from, first choice first, but those last that did not answer
+    /// lately: its holders, then those that held its partition before, at no place of its row.
+    fn choices(
+        &self,
+        placement: &Placement,
+        kind: RecordKind,
+        id: &Hash,
+    ) -> Result<Vec<Holder>, StoreError> {
+        let mut holders = self.holders(placement, kind, id)?;
+        let place = placement.holders(id).len();
+        for node in &placement.readers(id)[place..] {
+            let link = self.links.to(&placement.nodes()[*node as usize].address)?;
+            holders.push(Holder { link, place });
         }
         if holders.len() > 1 {
-            holders.sort_by_key(|link| self.links.is_suspect(link.address()));
+            holders.sort_by_key(|holder| self.links.is_asked_last(holder.link.address()));
         }
         Ok(holders)
     }
@@ -168,23 +236,25 @@ impl RemotePool {
 #[async_trait]
 impl ObjectStore for RemotePool {
     async fn put(&self, generation: u64, objects: Vec<Object>) -> Result<Stored, StoreError> {
-        let records = self.encode(objects).await;
-        let records = &records;
+        let encoded = self.encode(objects).await?;
+        let encoded = &encoded;
         self.under_placement(|placement| async move {
-            self.put_under(&placement, generation, records).await
+            self.put_under(&placement, generation, encoded).await
         })
         .await
     }
 
     async fn get(&self, kind: RecordKind, id: &Hash) -> Result<Bytes, StoreError> {
-        self.under_placement(|placement| async move { self.get_under(&placement, kind, *id).await })
-            .await
+        self.under_placement(|placement| async move {
+            Ok((self.get_under(&placement, kind, *id).await?, Debt::default()))
+        })
+        .await
     }
 
     async fn get_many(&self, kind: RecordKind, ids: &[Hash]) -> Result<Vec<Bytes>, StoreError> {
-        self.under_placement(
-            |placement| async move { self.get_many_under(&placement, kind, ids).await },
-        )
+        self.under_placement(|placement| async move {
+            Ok((self.get_many_under(&placement, kind, ids).await?, Debt::default()))
+        })
         .await
     }
 
@@ -199,4 +269,16 @@ impl ObjectStore for RemotePool {
         })
         .await
     }
+}
+
+/// Of two failures, the one to tell: while a node could not be asked, nobody knows whether the
+/// object is lost; a damaged copy says more than an absent one.
+fn graver(a: StoreError, b: StoreError) -> StoreError {
+    let rank = |error: &StoreError| match error {
+        StoreError::Unavailable(_) | StoreError::Full { .. } => 3,
+        StoreError::Refused { .. } => 2,
+        StoreError::Damaged { .. } => 1,
+        StoreError::Missing { .. } => 0,
+    };
+    if rank(&b) > rank(&a) { b } else { a }
 }

@@ -1,40 +1,96 @@
-//! Reads: from the first choice, then from the other replicas.
+//! Reads of one object: a whole copy from the first choice, or as many shards as give it back; from
+//! the other holders when those fail or are slow.
 
-use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blobcr_proto::Hash;
 use blobcr_proto::record::{self, RecordKey};
 use blobcr_proto::v1::{self, RecordKind};
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt, stream};
+use tokio::time::Instant;
 
-use super::RemotePool;
+use super::combine::Pile;
+use super::race::Race;
+use super::{Holder, RemotePool, graver};
 use crate::client::link::NodeLink;
 use crate::client::status::NodeError;
 use crate::placement::Placement;
+use crate::stripe::{Shard, Stripe};
 use crate::{StoreError, cpu};
 
-/// Tree nodes of one get request at most: each is about 32 KiB at the most, so half a message
-/// holds them. Chunks are asked for one by one.
-const NODES_AT_ONCE: usize = 256;
-/// Get requests of one call under way at once.
-const GETS_AT_ONCE: usize = 8;
-
 /// What a node said to a question about one object.
-type Answer<T> = Result<T, NodeError>;
+pub(super) type Answer<T> = Result<T, NodeError>;
 
-/// Places in a list of identities, and the node that is asked for them.
-type Question = (Arc<NodeLink>, Vec<usize>);
+/// The gravest failure so far of a read of one object.
+struct Failures {
+    kind: RecordKind,
+    id: Hash,
+    worst: Option<StoreError>,
+}
+
+impl Failures {
+    fn add(&mut self, holder: &Holder, error: NodeError) {
+        let (node, id) = (holder.link.address(), self.id);
+        tracing::debug!(node, %id, ?error, "asking another node");
+        self.note(error.into_store_error(node, self.kind, id));
+    }
+
+    fn note(&mut self, error: StoreError) {
+        self.worst = Some(match self.worst.take() {
+            Some(worst) => graver(worst, error),
+            None => error,
+        });
+    }
+
+    fn tell(self) -> StoreError {
+        self.worst.unwrap_or(StoreError::Missing { kind: self.kind, id: self.id })
+    }
+}
 
 impl RemotePool {
-    /// One object from one node.
-    async fn get_from(&self, link: &NodeLink, kind: RecordKind, id: Hash) -> Answer<Bytes> {
-        let refs = vec![RecordKey::whole(kind, id).to_ref()];
+    /// Records of one object from one node, in the order of `keys`.
+    async fn ask(&self, link: &NodeLink, keys: &[RecordKey]) -> Answer<Vec<v1::Found>> {
+        let refs = keys.iter().map(|key| key.to_ref()).collect();
         let answer = link.get(v1::GetRequest { pool: self.pool.id, refs }).await;
         self.links.noted(link, &answer);
-        let found = answer?.found.into_iter().next().ok_or(NodeError::Absent)?;
-        opened(found, kind, id).await
+        answer.map(|answer| answer.found)
+    }
+
+    /// Counts how long an answer took that was of use.
+    pub(super) fn timed<T>(&self, kind: RecordKind, begun: Instant, answer: &Answer<T>) {
+        if answer.is_ok() {
+            self.pace_of(kind).took(begun.elapsed());
+        }
+    }
+
+    async fn ask_whole(&self, link: &NodeLink, kind: RecordKind, id: Hash) -> Answer<Bytes> {
+        let begun = Instant::now();
+        let found = self.ask(link, &[RecordKey::whole(kind, id)]).await?;
+        let found = found.into_iter().next().ok_or(NodeError::Absent)?;
+        let answer = opened(found, kind, id).await;
+        self.timed(kind, begun, &answer);
+        answer
+    }
+
+    /// The shards of an object that a node holds of those that `keys` name.
+    async fn ask_shards(
+        &self,
+        stripe: &Stripe,
+        link: &NodeLink,
+        keys: &[RecordKey],
+    ) -> Answer<Vec<Shard>> {
+        let found = self.ask(link, keys).await?;
+        let mut shards = Vec::new();
+        let mut failure = NodeError::Absent;
+        for (found, key) in found.into_iter().zip(keys) {
+            match shard_of(stripe, found, *key) {
+                Ok(shard) => shards.push(shard),
+                Err(NodeError::Absent) => {}
+                Err(error) => failure = error,
+            }
+        }
+        if shards.is_empty() { Err(failure) } else { Ok(shards) }
     }
 
     pub(super) async fn get_under(
@@ -43,106 +99,115 @@ impl RemotePool {
         kind: RecordKind,
         id: Hash,
     ) -> Result<Bytes, StoreError> {
-        let mut worst = None;
-        for link in self.readers(placement, &id)? {
-            match self.get_from(&link, kind, id).await {
+        let choices = self.choices(placement, kind, &id)?;
+        match self.stripe_of(kind) {
+            None => self.get_whole(choices, kind, id).await,
+            Some(stripe) => self.get_shards(stripe, choices, kind, id).await,
+        }
+    }
+
+    fn patience(&self, kind: RecordKind) -> Duration {
+        self.pace_of(kind).patience()
+    }
+
+    async fn get_whole(
+        &self,
+        choices: Vec<Holder>,
+        kind: RecordKind,
+        id: Hash,
+    ) -> Result<Bytes, StoreError> {
+        let mut race =
+            Race::new(&self.links, self.patience(kind), choices, |holder: Holder| async move {
+                let answer = self.ask_whole(&holder.link, kind, id).await;
+                (holder, answer)
+            });
+        let mut failures = Failures { kind, id, worst: None };
+        race.ask(1);
+        while let Some((holder, answer)) = race.next().await {
+            match answer {
                 Ok(plain) => return Ok(plain),
                 Err(error) => {
-                    tracing::debug!(node = link.address(), %id, ?error, "trying the next replica");
-                    let error = error.into_store_error(link.address(), kind, id);
-                    worst = Some(worst.map_or(error.clone(), |old| graver(old, error)));
+                    failures.add(&holder, error);
+                    race.ask(1);
                 }
             }
         }
-        Err(worst.unwrap_or(StoreError::Missing { kind, id }))
+        Err(failures.tell())
     }
 
-    /// Several small objects that have one first choice, in one request to it; an object that it
-    /// cannot give comes from the others.
-    async fn get_batch(
+    /// Asks each holder for the shard of its place; and, when that does not give the object, each
+    /// for any other, which it may have from a time when its place was another.
+    async fn get_shards(
         &self,
-        placement: &Placement,
-        link: &NodeLink,
+        stripe: &Arc<Stripe>,
+        choices: Vec<Holder>,
         kind: RecordKind,
-        ids: &[Hash],
-    ) -> Result<Vec<Bytes>, StoreError> {
-        let refs = ids.iter().map(|id| RecordKey::whole(kind, *id).to_ref()).collect();
-        let answer = link.get(v1::GetRequest { pool: self.pool.id, refs }).await;
-        self.links.noted(link, &answer);
-        let mut found = answer.map_or_else(|_| Vec::new(), |answer| answer.found).into_iter();
-        let mut plains = Vec::with_capacity(ids.len());
-        for id in ids {
-            let first = match found.next() {
-                Some(found) => opened(found, kind, *id).await,
-                None => Err(NodeError::Absent),
+        id: Hash,
+    ) -> Result<Bytes, StoreError> {
+        let mut pile = Pile::new(Arc::clone(stripe));
+        let mut failures = Failures { kind, id, worst: None };
+        for own in [true, false] {
+            let keys = |holder: &Holder| -> Vec<RecordKey> {
+                (0..stripe.shards())
+                    .filter(|place| (*place == holder.place) == own)
+                    .map(|place| self.key_at(kind, id, place))
+                    .collect()
             };
-            plains.push(match first {
-                Ok(plain) => plain,
-                Err(_) => self.get_under(placement, kind, *id).await?,
-            });
-        }
-        Ok(plains)
-    }
-
-    /// Splits the objects by their first choice.
-    fn questions(
-        &self,
-        placement: &Placement,
-        kind: RecordKind,
-        ids: &[Hash],
-    ) -> Result<Vec<Question>, StoreError> {
-        let mut by_node: HashMap<String, Question> = HashMap::new();
-        for (at, id) in ids.iter().enumerate() {
-            let holders = self.readers(placement, id)?;
-            let Some(first) = holders.into_iter().next() else {
-                return Err(StoreError::Missing { kind, id: *id });
-            };
-            let entry = by_node.entry(first.address().to_owned());
-            entry.or_insert_with(|| (first, Vec::new())).1.push(at);
-        }
-        let limit = if kind == RecordKind::TreeNode { NODES_AT_ONCE } else { 1 };
-        let mut questions = Vec::new();
-        for (link, places) in by_node.into_values() {
-            questions.extend(places.chunks(limit).map(|some| (Arc::clone(&link), some.to_vec())));
-        }
-        Ok(questions)
-    }
-
-    pub(super) async fn get_many_under(
-        &self,
-        placement: &Placement,
-        kind: RecordKind,
-        ids: &[Hash],
-    ) -> Result<Vec<Bytes>, StoreError> {
-        let questions = self.questions(placement, kind, ids)?;
-        let fetched: Vec<(Vec<usize>, Vec<Bytes>)> = stream::iter(questions)
-            .map(|(link, places)| async move {
-                let wanted: Vec<Hash> = places.iter().map(|at| ids[*at]).collect();
-                let plains = self.get_batch(placement, &link, kind, &wanted).await?;
-                Ok::<_, StoreError>((places, plains))
-            })
-            .buffer_unordered(GETS_AT_ONCE)
-            .try_collect()
-            .await?;
-        let mut plains = vec![Bytes::new(); ids.len()];
-        for (places, of_batch) in fetched {
-            for (at, plain) in places.into_iter().zip(of_batch) {
-                plains[at] = plain;
+            let mut race = Race::new(
+                &self.links,
+                self.patience(kind),
+                choices.iter().filter(|holder| !keys(holder).is_empty()).cloned().collect(),
+                |holder: Holder| async move {
+                    let begun = Instant::now();
+                    let answer = self.ask_shards(stripe, &holder.link, &keys(&holder)).await;
+                    self.timed(kind, begun, &answer);
+                    (holder, answer)
+                },
+            );
+            race.ask(stripe.needed());
+            while let Some((holder, answer)) = race.next().await {
+                match answer {
+                    Ok(shards) => {
+                        for shard in shards {
+                            if let Some(plain) = pile.add(shard).await {
+                                return Ok(plain);
+                            }
+                        }
+                        // Enough of them would have given it: one of them is of no use.
+                        if pile.len() >= stripe.needed() {
+                            race.ask(1);
+                        }
+                    }
+                    Err(error) => {
+                        failures.add(&holder, error);
+                        race.ask(1);
+                    }
+                }
             }
         }
-        Ok(plains)
+        if pile.len() > 0 {
+            let (there, needed) = (pile.len(), stripe.needed());
+            let detail = format!(
+                "{there} of its {} shards were found, and no {needed} of them give it back",
+                stripe.shards()
+            );
+            failures.note(StoreError::Damaged { kind, id, detail });
+        }
+        Err(failures.tell())
     }
 }
 
-/// Takes an object out of a node's answer, checked down to its identity.
-async fn opened(found: v1::Found, kind: RecordKind, id: Hash) -> Answer<Bytes> {
-    let Some(record) = found.record else {
-        return Err(if found.damaged {
-            NodeError::Damaged("the node could not read it whole".into())
-        } else {
-            NodeError::Absent
-        });
-    };
+/// What a node found, as a record; and why not, when it is none.
+fn record_in(found: v1::Found) -> Answer<v1::Record> {
+    found.record.ok_or_else(|| match found.damaged {
+        true => NodeError::Damaged("the node could not read it whole".into()),
+        false => NodeError::Absent,
+    })
+}
+
+/// Takes a whole object out of a node's answer, checked down to its identity.
+pub(super) async fn opened(found: v1::Found, kind: RecordKind, id: Hash) -> Answer<Bytes> {
+    let record = record_in(found)?;
     let bytes = record.plain_len as usize;
     match cpu::run(bytes, move || record::open(&record)).await {
         Ok((key, plain)) if key == RecordKey::whole(kind, id) => Ok(plain),
@@ -151,14 +216,9 @@ async fn opened(found: v1::Found, kind: RecordKind, id: Hash) -> Answer<Bytes> {
     }
 }
 
-/// Of two failures to read an object, the one to tell: while a replica could not be asked, nobody
-/// knows whether the object is lost; a damaged copy says more than an absent one.
-fn graver(a: StoreError, b: StoreError) -> StoreError {
-    let rank = |error: &StoreError| match error {
-        StoreError::Unavailable(_) | StoreError::Full { .. } => 3,
-        StoreError::Refused { .. } => 2,
-        StoreError::Damaged { .. } => 1,
-        StoreError::Missing { .. } => 0,
-    };
-    if rank(&b) > rank(&a) { b } else { a }
+fn shard_of(stripe: &Stripe, found: v1::Found, key: RecordKey) -> Answer<Shard> {
+    let record = record_in(found)?;
+    let damaged = |detail: String| NodeError::Damaged(format!("shard {}: {detail}", key.shard));
+    let shard = stripe.open(&record).map_err(|error| damaged(error.to_string()))?;
+    if shard.key() == key { Ok(shard) } else { Err(damaged("the node gave another".into())) }
 }

@@ -88,6 +88,31 @@ async fn calls_that_may_be_repeated_are_and_others_never() {
     client.create_image(new_image("second")).await.unwrap();
 }
 
+/// What the mirror of a disk says names its writer, and so may be said twice.
+#[tokio::test]
+async fn what_names_its_writer_is_repeated_at_the_next_server() {
+    let catalog = MemoryCatalog::default();
+    let (a, b) = (metadata_server(&catalog), metadata_server(&catalog));
+    let client = client(&[a.address, b.address]);
+    let image = v1::CreateImageRequest { writer: "w".into(), ..new_image("i") };
+    let image = client.create_image(image).await.unwrap();
+    let lease = v1::AcquireLeaseRequest { holder: "w".into(), ttl_ms: 60_000 };
+    let lease = client.acquire_lease(lease).await.unwrap();
+    let begin = |number, writer: &str| v1::BeginSnapshotRequest {
+        image_id: image.id,
+        number,
+        lease_id: lease.id,
+        writer: writer.into(),
+    };
+    catalog.faults().fail_next("begin_snapshot", 1, away());
+    client.begin_snapshot(begin(1, "w")).await.unwrap();
+    assert_eq!(catalog.faults().calls("begin_snapshot"), 2);
+    // Without a number, each call would begin another one.
+    catalog.faults().fail_next("begin_snapshot", 1, away());
+    client.begin_snapshot(begin(0, "w")).await.unwrap_err();
+    assert_eq!(catalog.faults().calls("begin_snapshot"), 3);
+}
+
 #[tokio::test]
 async fn a_dead_server_is_passed_over_and_then_left_alone() {
     let catalog = MemoryCatalog::default();

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use blobcr_proto::record::{RecordKey, open};
+use blobcr_proto::record::{RecordKey, check_payload, open};
 use blobcr_proto::v1::metadata_server::{Metadata, MetadataServer};
 use blobcr_proto::v1::record_store_server::{RecordStore, RecordStoreServer};
 use blobcr_proto::{MESSAGE_BYTES_MAX, v1};
@@ -91,7 +91,12 @@ impl RecordStore for NodeService {
         let request = request.into_inner();
         let mut answer = v1::PutResponse::default();
         for record in request.records {
-            let (key, _) = open(&record).map_err(|e| Status::invalid_argument(e.to_string()))?;
+            let is_shard = record.r#ref.as_ref().is_some_and(|wire| wire.shard != 0);
+            let key = match is_shard {
+                true => check_payload(&record),
+                false => open(&record).map(|(key, _)| key),
+            }
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
             let mut records = self.0.records.lock().unwrap();
             let bytes = record.payload.len() as u64 + 100;
             if records.insert(key, (record, request.generation)).is_none() {
@@ -228,9 +233,14 @@ metadata_of! {
     list_snapshots(ListSnapshotsRequest) -> ListSnapshotsResponse;
     wait_snapshot(WaitSnapshotRequest) -> Snapshot;
     remove_snapshot(SnapshotRef) -> Snapshot;
+    pin_snapshot(PinSnapshotRequest) -> Pin;
+    unpin_snapshot(UnpinSnapshotRequest) -> UnpinSnapshotResponse;
+    list_pins(ListPinsRequest) -> ListPinsResponse;
     acquire_lease(AcquireLeaseRequest) -> Lease;
     renew_lease(RenewLeaseRequest) -> Lease;
     release_lease(ReleaseLeaseRequest) -> ReleaseLeaseResponse;
+    get_collection_bound(CollectionBoundRequest) -> CollectionBound;
+    list_roots(ListRootsRequest) -> ListRootsResponse;
     create_pool(CreatePoolRequest) -> Pool;
     get_pool(PoolRef) -> Pool;
     list_pools(ListPoolsRequest) -> ListPoolsResponse;

@@ -18,6 +18,8 @@ pub(super) struct ImageRecord {
 #[derive(Debug, Default)]
 pub(super) struct Images {
     pub(super) by_id: ById<u64, ImageRecord>,
+    /// By image, snapshot and holder.
+    pub(super) pins: ById<(u64, u64, String), v1::Pin>,
 }
 
 impl Images {
@@ -124,17 +126,27 @@ impl Images {
             stable_unix_ms: now,
             ..v1::Snapshot::default()
         };
-        let first = SnapshotRecord { wire: wire.clone(), writer: r.writer, lease_id: 0 };
+        let first = SnapshotRecord {
+            wire: wire.clone(),
+            writer: r.writer,
+            lease_id: 0,
+            obsolete_generation: 0,
+        };
         record.snapshots.insert(1, first);
         Ok(v1::CloneImageResponse { image: Some(record.image.clone()), snapshot: Some(wire) })
     }
 
-    pub(super) fn remove(&mut self, image: &v1::ImageRef) -> Answer<v1::RemoveImageResponse> {
+    pub(super) fn remove(
+        &mut self,
+        image: &v1::ImageRef,
+        generation: u64,
+    ) -> Answer<v1::RemoveImageResponse> {
         let id = self.id_of(image)?;
+        self.check_unpinned(|pinned, _| pinned == id)?;
         let record = self.record_mut(id)?;
         record.removed = true;
         for snapshot in record.snapshots.values_mut() {
-            snapshot.wire.set_state(SnapshotState::Obsolete);
+            snapshot.obsolete(generation);
         }
         Ok(v1::RemoveImageResponse {})
     }

@@ -46,6 +46,17 @@ impl Leases {
         }
     }
 
+    /// The generation of the newest lease.
+    pub(super) const fn newest(&self) -> u64 {
+        self.last
+    }
+
+    /// The generation from which on what was touched may be in use.
+    pub(super) fn bound(&self) -> v1::CollectionBound {
+        let oldest = self.live.values().map(|(lease, _)| lease.generation).min();
+        v1::CollectionBound { generation: oldest.unwrap_or(self.last + 1) }
+    }
+
     pub(super) fn remove(&mut self, id: u64) {
         self.live.remove(&id);
     }

@@ -3,6 +3,7 @@
 mod debt;
 mod images;
 mod leases;
+mod pins;
 mod pools;
 mod sets;
 mod snapshots;
@@ -158,14 +159,17 @@ catalog_of! {
     get_image(ImageRef) -> Image: |s, r| s.images.get(&r);
     list_images(ListImagesRequest) -> ListImagesResponse: |s, r| s.images.list(&r);
     clone_image(CloneImageRequest) -> CloneImageResponse: |s, r| s.images.clone_image(r);
-    remove_image(ImageRef) -> RemoveImageResponse: |s, r| s.images.remove(&r);
+    remove_image(ImageRef) -> RemoveImageResponse: |s, r| s.images.remove(&r, s.leases.newest());
     begin_snapshot(BeginSnapshotRequest) -> Snapshot: |s, r| s.images.begin(&r, &s.leases);
     publish_snapshot(PublishSnapshotRequest) -> Snapshot: |s, r| s.images.publish(r, &s.leases);
     fail_snapshot(FailSnapshotRequest) -> Snapshot: |s, r| s.images.fail(r, &s.leases);
     get_snapshot(SnapshotRef) -> Snapshot: |s, r| s.images.snapshot(&r);
     list_snapshots(ListSnapshotsRequest) -> ListSnapshotsResponse:
         |s, r| s.images.list_snapshots(&r);
-    remove_snapshot(SnapshotRef) -> Snapshot: |s, r| s.images.remove_snapshot(&r);
+    remove_snapshot(SnapshotRef) -> Snapshot: |s, r| s.images.remove_snapshot(&r, s.leases.newest());
+    pin_snapshot(PinSnapshotRequest) -> Pin: |s, r| s.images.pin(r);
+    unpin_snapshot(UnpinSnapshotRequest) -> UnpinSnapshotResponse: |s, r| Ok(s.images.unpin(&r));
+    list_pins(ListPinsRequest) -> ListPinsResponse: |s, r| Ok(s.images.list_pins(&r));
     acquire_lease(AcquireLeaseRequest) -> Lease: |s, r| s.leases.acquire(&r);
     renew_lease(RenewLeaseRequest) -> Lease: |s, r| s.leases.renew(r.lease_id);
     release_lease(ReleaseLeaseRequest) -> ReleaseLeaseResponse: |s, r| {
@@ -173,6 +177,8 @@ catalog_of! {
         s.images.lease_ended(r.lease_id, "its writer released the lease");
         Ok(v1::ReleaseLeaseResponse {})
     };
+    get_collection_bound(CollectionBoundRequest) -> CollectionBound: |s, _r| Ok(s.leases.bound());
+    list_roots(ListRootsRequest) -> ListRootsResponse: |s, r| Ok(s.images.list_roots(&r));
     create_pool(CreatePoolRequest) -> Pool: |s, r| s.pools.create(r);
     get_pool(PoolRef) -> Pool: |s, r| s.pools.get(&r).cloned();
     list_pools(ListPoolsRequest) -> ListPoolsResponse: |s, _r| Ok(s.pools.list());

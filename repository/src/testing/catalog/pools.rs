@@ -1,11 +1,10 @@
 //! Pools, nodes and placement.
 
+use blobcr_proto::policy::{Compression, Policy};
 use blobcr_proto::{PoolName, v1};
 
 use super::{Answer, ById, invalid, not_found, precondition, unix_ms};
 use crate::CatalogError;
-use crate::compression::Compression;
-use crate::placement::Policy;
 
 /// Partitions of a pool, as the real service has them.
 const PARTITIONS: u32 = 1024;
@@ -35,14 +34,16 @@ impl Pools {
     pub(super) fn create(&mut self, r: v1::CreatePoolRequest) -> Answer<v1::Pool> {
         PoolName::new(r.name.as_str()).map_err(invalid)?;
         r.policy.parse::<Policy>().map_err(invalid)?;
-        r.compression.parse::<Compression>().map_err(invalid)?;
+        let compression: Compression = match r.compression.as_str() {
+            "" => Compression::default(),
+            text => text.parse().map_err(invalid)?,
+        };
         if self.by_id.values().any(|pool| pool.name == r.name) {
             let text = format!("there is a pool {:?} already", r.name);
             return Err(CatalogError::AlreadyExists(text));
         }
         let id = self.by_id.keys().next_back().copied().unwrap_or(0) + 1;
-        let compression = if r.compression.is_empty() { "adaptive".into() } else { r.compression };
-        let (name, policy) = (r.name, r.policy);
+        let (name, policy, compression) = (r.name, r.policy, compression.to_string());
         let pool = v1::Pool { id, name, policy, partitions: PARTITIONS, compression };
         self.by_id.insert(id, pool.clone());
         Ok(pool)
@@ -109,7 +110,7 @@ impl Pools {
 
     pub(super) fn placement(&mut self, r: &v1::PoolRef) -> Answer<v1::PlacementTable> {
         let pool = self.get(r)?.clone();
-        let width = pool.policy.parse::<Policy>().map_err(invalid)?.width();
+        let width = pool.policy.parse::<Policy>().map_err(invalid)?.nodes();
         if !self.placements.contains_key(&pool.id) {
             let ids: Vec<_> = self.nodes.keys().cloned().collect();
             if ids.len() < width {

@@ -13,11 +13,30 @@ pub(super) struct SnapshotRecord {
     /// Who began it, and under which lease.
     pub(super) writer: String,
     pub(super) lease_id: u64,
+    /// The newest generation when it became obsolete.
+    pub(super) obsolete_generation: u64,
 }
 
 impl SnapshotRecord {
     fn name(&self) -> String {
         format!("{}@{}", self.wire.image, self.wire.number)
+    }
+
+    pub(super) fn obsolete(&mut self, generation: u64) {
+        if self.wire.state() != SnapshotState::Obsolete {
+            self.wire.set_state(SnapshotState::Obsolete);
+            self.obsolete_generation = generation;
+        }
+    }
+
+    fn is_live(&self, since_generation: u64) -> bool {
+        match self.wire.state() {
+            SnapshotState::Stable => true,
+            SnapshotState::Obsolete => {
+                self.wire.root.is_some() && self.obsolete_generation >= since_generation
+            }
+            _ => false,
+        }
     }
 
     fn fail(&mut self, reason: &str) {
@@ -68,7 +87,8 @@ impl Images {
             ..v1::Snapshot::default()
         };
         let (writer, lease_id) = (r.writer.clone(), r.lease_id);
-        record.snapshots.insert(number, SnapshotRecord { wire: wire.clone(), writer, lease_id });
+        let begun = SnapshotRecord { wire: wire.clone(), writer, lease_id, obsolete_generation: 0 };
+        record.snapshots.insert(number, begun);
         Ok(wire)
     }
 
@@ -163,8 +183,32 @@ impl Images {
         Ok(v1::ListSnapshotsResponse { snapshots, more })
     }
 
-    pub(super) fn remove_snapshot(&mut self, wanted: &v1::SnapshotRef) -> Answer<v1::Snapshot> {
+    pub(super) fn list_roots(&self, r: &v1::ListRootsRequest) -> v1::ListRootsResponse {
+        let after = r.after.map_or((0, 0), |after| (after.image_id, after.number));
+        let live = self.by_id.values().flat_map(|record| {
+            record.snapshots.values().map(|snapshot| v1::LiveRoot {
+                image_id: record.image.id,
+                image: record.image.name.clone(),
+                number: snapshot.wire.number,
+                pool: record.image.pool,
+                root: snapshot.wire.root.clone().filter(|_| snapshot.is_live(r.since_generation)),
+            })
+        });
+        let live = live.filter(|root| root.root.is_some());
+        let (roots, more) = page(live.filter(|at| (at.image_id, at.number) > after), r.limit);
+        let place =
+            |root: &v1::LiveRoot| v1::RootPlace { image_id: root.image_id, number: root.number };
+        let next = roots.last().filter(|_| more).map(place);
+        v1::ListRootsResponse { roots, next }
+    }
+
+    pub(super) fn remove_snapshot(
+        &mut self,
+        wanted: &v1::SnapshotRef,
+        generation: u64,
+    ) -> Answer<v1::Snapshot> {
         let found = self.snapshot(wanted)?;
+        self.check_unpinned(|id, number| (id, number) == (found.image_id, found.number))?;
         let record = self.record_mut(found.image_id)?;
         let latest = record.image.latest;
         let snapshot = snapshot_of(record, found.number)?;
@@ -174,7 +218,7 @@ impl Images {
         if found.state() == SnapshotState::Pending {
             return precondition(format!("{} is being persisted", snapshot.name()));
         }
-        snapshot.wire.set_state(SnapshotState::Obsolete);
+        snapshot.obsolete(generation);
         Ok(snapshot.wire.clone())
     }
 }

@@ -1,7 +1,9 @@
-//! What a pool promises about its records.
+//! What a pool promises about its records: its redundancy and its compression.
 
 use std::fmt;
 use std::str::FromStr;
+
+use crate::v1::RecordKind;
 
 /// Copies at most: more than any failure of one site needs.
 const REPLICAS_MAX: u8 = 8;
@@ -14,6 +16,8 @@ const PARITY_SHARDS_MAX: u8 = 8;
 pub const POLICY_NODES_MAX: usize = (DATA_SHARDS_MAX + PARITY_SHARDS_MAX) as usize;
 
 /// How many copies or shards of a record there are.
+///
+/// Tree nodes are kept by [`Self::of_tree_nodes`], whatever the policy of their pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
     /// `replica:N`: N whole copies.
@@ -34,6 +38,36 @@ impl Policy {
         match self {
             Self::Replica(copies) => copies as usize,
             Self::Erasure { data, parity } => data as usize + parity as usize,
+        }
+    }
+
+    /// Nodes that must hold a record before a write of it may be acknowledged. What the others
+    /// lack is owed to the pool. Of the losses that the whole record survives, about half are
+    /// still survived.
+    #[must_use]
+    pub const fn write_least(self) -> usize {
+        match self {
+            Self::Replica(copies) => (copies - (copies - 1) / 2) as usize,
+            Self::Erasure { data, parity } => (data + parity.div_ceil(2)) as usize,
+        }
+    }
+
+    /// How tree nodes are kept: as whole copies that survive as many losses. They are small, and
+    /// reading one must not take several nodes.
+    #[must_use]
+    pub const fn of_tree_nodes(self) -> Self {
+        match self {
+            Self::Replica(copies) => Self::Replica(copies),
+            Self::Erasure { parity, .. } => Self::Replica(parity + 1),
+        }
+    }
+
+    /// How records of `kind` are kept.
+    #[must_use]
+    pub const fn of(self, kind: RecordKind) -> Self {
+        match kind {
+            RecordKind::TreeNode => self.of_tree_nodes(),
+            RecordKind::Chunk | RecordKind::Unspecified => self,
         }
     }
 }
@@ -136,6 +170,24 @@ mod tests {
         for text in ["off", "lz4", "zstd", "adaptive"] {
             assert_eq!(text.parse::<Compression>().unwrap().to_string(), text);
         }
+    }
+
+    #[test]
+    fn a_degraded_write_still_survives_a_loss_where_two_were_promised() {
+        for (text, least) in [
+            ("replica:1", 1),
+            ("replica:2", 2),
+            ("replica:3", 2),
+            ("replica:5", 3),
+            ("ec:2+1", 3),
+            ("ec:4+2", 5),
+            ("ec:8+3", 10),
+        ] {
+            assert_eq!(text.parse::<Policy>().unwrap().write_least(), least, "{text}");
+        }
+        let nodes_of = |text: &str| text.parse::<Policy>().unwrap().of_tree_nodes().to_string();
+        assert_eq!(nodes_of("ec:4+2"), "replica:3");
+        assert_eq!(nodes_of("replica:2"), "replica:2");
     }
 
     #[test]

@@ -1,0 +1,109 @@
+//! Pins: who needs a snapshot, so that it is not removed.
+//!
+//! # Invariant
+//! A pin is made only of a stable snapshot, and no snapshot that is pinned, nor its image, is
+//! removed. Making a pin writes the image's record as it was, and every removal depends on that
+//! record: of two that run at the same time, one is lost and looks again.
+
+use blobcr_proto::v1;
+use blobcr_proto::v1::SnapshotState;
+
+use super::{RecordSwap, VersionManager, list_limit, until_won};
+use crate::error::Error;
+use crate::records::{KeyKind, PinRecord, check_holder, prefix_of};
+use crate::store::{Key, Swap};
+
+impl VersionManager {
+    /// Keeps a stable snapshot and its image until it is unpinned. Nothing happens when the holder
+    /// has pinned it already.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when there is no such snapshot, [`Error::Precondition`] when it is not
+    /// stable.
+    pub async fn pin_snapshot(&self, r: v1::PinSnapshotRequest) -> Result<v1::Pin, Error> {
+        check_holder(&r.holder).map_err(Error::invalid)?;
+        let wanted = r.snapshot.unwrap_or_default();
+        let id = self.image_record(&wanted.image.clone().unwrap_or_default()).await?.value.id;
+        let _turn = self.image_turn(id).await;
+        let object = format!("snapshot {} of the image with the id {id}", wanted.number);
+        let by_id = v1::SnapshotRef { image: Some(super::snapshots::id_ref(id)), ..wanted };
+        until_won!(self, object, self.try_pin(&by_id, &r.holder).await)
+    }
+
+    async fn try_pin(&self, wanted: &v1::SnapshotRef, holder: &str) -> Result<v1::Pin, Error> {
+        let (image, snapshot) = self.snapshot_record(wanted).await?;
+        let (id, number) = (image.value.id, snapshot.value.number);
+        if let Some(pin) = self.load::<PinRecord>(PinRecord::key_of(id, number, holder)).await? {
+            return Ok(pin.value.to_wire());
+        }
+        if snapshot.value.state() != SnapshotState::Stable {
+            let state = super::snapshots::state_name(&snapshot.value);
+            let object = super::snapshots::describe(&image.value.name, number);
+            let problem = format!("is {state}; only a stable snapshot can be pinned");
+            return Err(Error::precondition(object, problem));
+        }
+        let pin = PinRecord {
+            image_id: id,
+            number,
+            holder: holder.to_owned(),
+            image: image.value.name.clone(),
+            created_unix_ms: self.now(),
+        };
+        let swap = Swap::new().update(&image, &image.value).unchanged(&snapshot).create(&pin);
+        self.store.swap(swap).await?;
+        Ok(pin.to_wire())
+    }
+
+    /// Takes a pin away. Nothing happens when there is none.
+    ///
+    /// # Errors
+    /// When the store cannot.
+    pub async fn unpin_snapshot(
+        &self,
+        r: v1::UnpinSnapshotRequest,
+    ) -> Result<v1::UnpinSnapshotResponse, Error> {
+        check_holder(&r.holder).map_err(Error::invalid)?;
+        let key = PinRecord::key_of(r.image_id, r.number, &r.holder);
+        let object = format!("the pin of {} by {:?}", r.number, r.holder);
+        until_won!(self, object, self.try_unpin(&key).await)?;
+        Ok(v1::UnpinSnapshotResponse {})
+    }
+
+    async fn try_unpin(&self, key: &Key) -> Result<(), Error> {
+        if let Some(pin) = self.load::<PinRecord>(key.clone()).await? {
+            self.store.swap(Swap::new().remove(&pin)).await?;
+        }
+        Ok(())
+    }
+
+    /// Pins in order of image and snapshot, of the holders whose name begins as asked.
+    ///
+    /// # Errors
+    /// When the store cannot tell.
+    pub async fn list_pins(&self, r: v1::ListPinsRequest) -> Result<v1::ListPinsResponse, Error> {
+        let after = r.after.map(|pin| PinRecord::key_of(pin.image_id, pin.number, &pin.holder));
+        let prefix = prefix_of(KeyKind::Pin);
+        let (pins, more) =
+            self.page::<PinRecord>(&prefix, after.as_ref(), list_limit(r.limit)).await?;
+        let next = pins.last().filter(|_| more).map(|pin| pin.value.to_wire());
+        let asked = |pin: &v1::Pin| pin.holder.starts_with(&r.holder_prefix);
+        let pins = pins.iter().map(|pin| pin.value.to_wire()).filter(asked).collect();
+        Ok(v1::ListPinsResponse { pins, next })
+    }
+
+    /// Refuses when there is a pin under `prefix`.
+    pub(super) async fn check_unpinned(&self, prefix: &Key, object: &str) -> Result<(), Error> {
+        debug_assert!(prefix.as_slice().starts_with(prefix_of(KeyKind::Pin).as_slice()));
+        let Some(pin) = self.page::<PinRecord>(prefix, None, 1).await?.0.pop() else {
+            return Ok(());
+        };
+        let PinRecord { image, number, holder, .. } = pin.value;
+        Err(Error::precondition(
+            object.to_owned(),
+            format!(
+                "cannot be removed: {image}@{number} is pinned by {holder}; detach the disk, or \
+                 take the pin away with `blobcr snapshot unpin {image}@{number} --holder {holder}`"
+            ),
+        ))
+    }
+}

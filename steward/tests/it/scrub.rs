@@ -1,0 +1,39 @@
+//! Scrub over real nodes.
+
+use blobcr_proto::Hash;
+use blobcr_steward::{ScrubOptions, scrub};
+
+use crate::fixture::{Fixture, disk};
+
+#[tokio::test]
+async fn a_missing_replica_is_copied_again_and_a_lost_one_is_left_alone() {
+    let fixture = Fixture::new(3, "replica:2").await;
+    fixture.import("image", &disk(b"abcdefgh\0klmnopq")).await;
+    let whole = fixture.held();
+    let found = scrub(&fixture.repository(), ScrubOptions::default()).await.unwrap();
+    let copies: usize = whole.iter().map(std::collections::BTreeSet::len).sum();
+    assert_eq!(found.nodes.iter().map(|node| node.records).sum::<u64>(), copies as u64);
+    assert_eq!(found.nodes.iter().map(|node| node.mended).sum::<u64>(), 0);
+    assert_eq!(fixture.held(), whole);
+
+    // One node loses everything, its directory perhaps.
+    fixture.lose(0, whole[0].iter().copied()).await;
+    // And of one record no copy is left.
+    let gone = *whole[1].difference(&whole[0]).next().unwrap();
+    for node in 0..3 {
+        fixture.lose(node, [gone]).await;
+    }
+    let found = scrub(&fixture.repository(), ScrubOptions::default()).await.unwrap();
+    assert_eq!(found.nodes[position(&fixture, &found)].missing, whole[0].len() as u64);
+    let expected: Vec<_> = whole
+        .iter()
+        .map(|of_node| of_node.iter().copied().filter(|id| *id != gone).collect())
+        .collect::<Vec<std::collections::BTreeSet<Hash>>>();
+    assert_eq!(fixture.held(), expected);
+}
+
+/// Where the first store is in the result, which is in order of id.
+fn position(fixture: &Fixture, found: &blobcr_steward::Scrub) -> usize {
+    let id = fixture.stores[0].node_id();
+    found.nodes.iter().position(|node| node.node == id).unwrap()
+}
