@@ -396,6 +396,8 @@ metadata! {
     pin_snapshot: PinSnapshotRequest => Pin,
     unpin_snapshot: UnpinSnapshotRequest => UnpinSnapshotResponse,
     list_pins: ListPinsRequest => ListPinsResponse,
+    get_collection_bound: CollectionBoundRequest => CollectionBound,
+    list_roots: ListRootsRequest => ListRootsResponse,
     acquire_lease: AcquireLeaseRequest => Lease,
     renew_lease: RenewLeaseRequest => Lease,
     release_lease: ReleaseLeaseRequest => ReleaseLeaseResponse,

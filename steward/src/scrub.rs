@@ -12,7 +12,8 @@ use std::collections::{HashMap, HashSet};
 use blobcr_proto::record::{RecordKey, open};
 use blobcr_proto::v1::{self, RecordKind};
 use blobcr_proto::{Hash, MESSAGE_BYTES_MAX};
-use blobcr_repository::placement::{Placement, Policy};
+use blobcr_repository::Policy;
+use blobcr_repository::placement::Placement;
 use blobcr_repository::{CatalogError, Repository};
 
 use crate::node::{Listed, Node, NodeError};
