@@ -9,10 +9,10 @@ mod pace;
 
 use std::collections::{HashMap, HashSet};
 
+use blobcr_proto::policy::Policy;
 use blobcr_proto::record::{RecordKey, open};
 use blobcr_proto::v1::{self, RecordKind};
 use blobcr_proto::{Hash, MESSAGE_BYTES_MAX};
-use blobcr_repository::Policy;
 use blobcr_repository::placement::Placement;
 use blobcr_repository::{CatalogError, Repository};
 
@@ -113,9 +113,9 @@ pub async fn scrub(repository: &Repository, options: ScrubOptions) -> Result<Scr
             (_, Err(error)) => return Err(error.into()),
         };
         let placement =
-            Placement::new(table, policy.width()).map_err(|e| invalid(e.to_string()))?;
+            Placement::new(table, policy.nodes()).map_err(|e| invalid(e.to_string()))?;
         for at in 0..work.open.len() {
-            let place = Place { pool: pool.id, width: policy.width(), placement: &placement };
+            let place = Place { pool: pool.id, width: policy.nodes(), placement: &placement };
             work.node(at, &place).await;
         }
     }

@@ -95,7 +95,7 @@ async fn on_down_nodes(
     let is_down = |at: &u32| down.contains(placement.nodes()[*at as usize].id.as_str());
     // A partition that moves from as many nodes as it needs may be there alone still.
     let lost = |row: &v1::PartitionNodes| {
-        let moved_wholly = row.moving_from.len() >= policy.width();
+        let moved_wholly = row.moving_from.len() >= policy.nodes();
         row.node.iter().all(is_down) || (moved_wholly && row.moving_from.iter().all(is_down))
     };
     if partitions.iter().any(lost) {
