@@ -412,4 +412,7 @@ metadata! {
     settle_debt: SettleDebtRequest => SettleDebtResponse,
     list_sets: ListSetsRequest => ListSetsResponse,
     latest_set: LatestSetRequest => CheckpointSet,
+    drain_node: DrainNodeRequest => Node,
+    remove_node: RemoveNodeRequest => Node,
+    settle_partition: SettlePartitionRequest => SettlePartitionResponse,
 }

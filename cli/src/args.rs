@@ -285,6 +285,19 @@ pub enum PoolCommand {
 pub enum NodeCommand {
     /// Lists the repository nodes
     List,
+    /// Moves a node's data to the others, so that it can be removed
+    Drain {
+        /// Its id, as `blobcr node list` shows it
+        node: String,
+        /// Lets it hold data again instead
+        #[arg(long)]
+        cancel: bool,
+    },
+    /// Removes a node that holds nothing any more, for good
+    Remove {
+        /// Its id, as `blobcr node list` shows it
+        node: String,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -311,6 +324,9 @@ pub struct UpArgs {
     /// Address to serve at; port 0 takes a free one
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     pub listen: String,
+    /// Seconds after which a node that is not heard of is down, and its partitions go to others
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_down_after)]
+    pub node_down_after: Seconds,
     #[command(flatten)]
     pub limits: MirrorLimits,
 }
@@ -358,6 +374,27 @@ pub struct MetadataServerArgs {
     /// Redundancy of the pool `default`, which the first start makes [default: replica:1]
     #[arg(long, value_name = "POLICY", value_parser = parse_policy)]
     pub pool: Option<String>,
+    /// Seconds after which a node that is not heard of is down, and its partitions go to others
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_down_after)]
+    pub node_down_after: Seconds,
+}
+
+/// Seconds, as written on the command line.
+#[derive(Debug, Clone, Copy)]
+pub struct Seconds(u64);
+
+impl From<Seconds> for std::time::Duration {
+    fn from(seconds: Seconds) -> Self {
+        Self::from_secs(seconds.0)
+    }
+}
+
+fn parse_down_after(text: &str) -> Result<Seconds, String> {
+    let least = blobcr_metadata::version_manager::nodes::DOWN_AFTER_MIN.as_secs();
+    match text.parse() {
+        Ok(seconds) if seconds >= least => Ok(Seconds(seconds)),
+        _ => Err(format!("write seconds, {least} at least: sooner a node is only suspected")),
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -281,8 +281,11 @@ pub struct NodeView {
     pub node: String,
     pub address: String,
     pub domain: String,
-    /// ok, full, poisoned or down.
+    /// up, suspected, down, draining or removed: whether it has been heard of, and what is to
+    /// become of it.
     pub state: &'static str,
+    /// ok, full, poisoned or unreachable: what it says just now.
+    pub health: &'static str,
     pub capacity_bytes: Option<u64>,
     pub free_bytes: Option<u64>,
     pub live_bytes: Option<u64>,
@@ -291,14 +294,23 @@ pub struct NodeView {
     pub damaged_records: Option<u64>,
     pub recovery_findings: Vec<String>,
     pub registered_at: Option<String>,
+    pub last_seen_at: Option<String>,
 }
 
 impl NodeView {
     /// `status` is `None` when the node did not answer.
     #[must_use]
     pub fn new(node: v1::Node, status: Option<v1::NodeStatus>) -> Self {
-        let state = match &status {
-            None => "down",
+        let state = match node.state() {
+            v1::NodeState::Unspecified => "unknown",
+            v1::NodeState::Up => "up",
+            v1::NodeState::Suspected => "suspected",
+            v1::NodeState::Down => "down",
+            v1::NodeState::Draining => "draining",
+            v1::NodeState::Removed => "removed",
+        };
+        let health = match &status {
+            None => "unreachable",
             Some(status) if status.poisoned => "poisoned",
             Some(status) if status.full => "full",
             Some(_) => "ok",
@@ -309,6 +321,7 @@ impl NodeView {
             address: node.address,
             domain: node.domain,
             state,
+            health,
             capacity_bytes: of(|s| s.capacity_bytes),
             free_bytes: of(|s| s.free_bytes),
             live_bytes: of(|s| s.live_bytes),
@@ -316,6 +329,7 @@ impl NodeView {
             records: of(|s| s.records),
             damaged_records: of(|s| s.damaged_records),
             registered_at: rfc3339(node.registered_unix_ms),
+            last_seen_at: rfc3339(node.last_seen_unix_ms),
             recovery_findings: status.map(|s| s.recovery_findings).unwrap_or_default(),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blobcr_proto::v1;
 use blobcr_proto::v1::metadata_server::{Metadata, MetadataServer};
@@ -17,6 +18,7 @@ use crate::store::sled::{SledOpenError, SledStore};
 use crate::store::{MetaStore, Retry};
 use crate::tasks::Tasks;
 use crate::version_manager::VersionManager;
+use crate::version_manager::nodes::DOWN_AFTER_DEFAULT;
 
 /// What the service takes from outside.
 #[derive(Clone, Debug)]
@@ -25,11 +27,18 @@ pub struct Options {
     pub clock: Arc<dyn Clock>,
     /// Names leases.
     pub entropy: Arc<dyn Entropy>,
+    /// Nodes that were not heard of for so long are down; at least
+    /// [`crate::version_manager::nodes::DOWN_AFTER_MIN`].
+    pub down_after: Duration,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { clock: Arc::new(SystemClock), entropy: Arc::new(SystemEntropy) }
+        Self {
+            clock: Arc::new(SystemClock),
+            entropy: Arc::new(SystemEntropy),
+            down_after: DOWN_AFTER_DEFAULT,
+        }
     }
 }
 
@@ -92,7 +101,8 @@ impl MetadataService {
     /// A service over any store. Must be called on a tokio runtime.
     #[must_use]
     pub fn over(store: Arc<dyn MetaStore>, options: Options) -> Self {
-        let manager = Arc::new(VersionManager::new(store, options.clock, options.entropy));
+        let manager = VersionManager::new(store, options.clock, options.entropy);
+        let manager = Arc::new(manager.with_down_after(options.down_after));
         let tasks = Arc::new(Mutex::new(Tasks::start(&manager)));
         Self { tasks, manager }
     }
@@ -192,6 +202,9 @@ pass_on! {
     list_pools(v1::ListPoolsRequest) -> v1::ListPoolsResponse;
     register_node(v1::RegisterNodeRequest) -> v1::Node;
     list_nodes(v1::ListNodesRequest) -> v1::ListNodesResponse;
+    drain_node(v1::DrainNodeRequest) -> v1::Node;
+    remove_node(v1::RemoveNodeRequest) -> v1::Node;
+    settle_partition(v1::SettlePartitionRequest) -> v1::SettlePartitionResponse;
     get_placement(v1::PoolRef) -> v1::PlacementTable;
     report_debt(v1::ReportDebtRequest) -> v1::ReportDebtResponse;
     list_debt(v1::ListDebtRequest) -> v1::ListDebtResponse;

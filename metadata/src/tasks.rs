@@ -66,9 +66,11 @@ impl Drop for Tasks {
     }
 }
 
-/// One round: what dead writers left, then removals that were interrupted.
+/// One round: what dead writers left, removals that were interrupted, and tables for the nodes there
+/// are.
 async fn round(manager: &VersionManager) -> Result<(), Error> {
     manager.expire_leases().await?;
     manager.finish_removals().await?;
+    manager.place().await?;
     Ok(())
 }

@@ -122,6 +122,12 @@ pub trait Catalog: Send + Sync + 'static {
         &self,
         request: v1::ListNodesRequest,
     ) -> Result<v1::ListNodesResponse, CatalogError>;
+    async fn drain_node(&self, request: v1::DrainNodeRequest) -> Result<v1::Node, CatalogError>;
+    async fn remove_node(&self, request: v1::RemoveNodeRequest) -> Result<v1::Node, CatalogError>;
+    async fn settle_partition(
+        &self,
+        request: v1::SettlePartitionRequest,
+    ) -> Result<v1::SettlePartitionResponse, CatalogError>;
     async fn get_placement(&self, request: v1::PoolRef)
     -> Result<v1::PlacementTable, CatalogError>;
     async fn report_debt(

@@ -9,6 +9,8 @@ pub struct Placement {
     nodes: Vec<v1::Node>,
     /// For each partition, indices into `nodes`, first choice first.
     partitions: Vec<Vec<u32>>,
+    /// For each partition, its nodes and then those that held it before, while data moves.
+    readers: Vec<Vec<u32>>,
 }
 
 /// A table that cannot be used.
@@ -34,6 +36,15 @@ impl Placement {
             if good { Ok(()) } else { Err(PlacementError { pool, version, detail }) }
         };
         check(partitions.len().is_power_of_two(), "its partitions are no power of two")?;
+        let mut readers: Vec<Vec<u32>> = partitions.iter().map(|p| p.node.clone()).collect();
+        for (readers, partition) in readers.iter_mut().zip(&partitions) {
+            for from in &partition.moving_from {
+                let known = (*from as usize) < nodes.len();
+                check(known, "a partition moves from a node that is not in the table")?;
+                check(!readers.contains(from), "a partition moves from a node of its own")?;
+                readers.push(*from);
+            }
+        }
         let partitions: Vec<Vec<u32>> = partitions.into_iter().map(|p| p.node).collect();
         for of_one in &partitions {
             check(of_one.len() >= width, "a partition has fewer nodes than the policy needs")?;
@@ -42,7 +53,7 @@ impl Placement {
             let repeated = of_one.iter().enumerate().any(|(i, node)| of_one[..i].contains(node));
             check(!repeated, "a partition names a node twice")?;
         }
-        Ok(Self { version, nodes, partitions })
+        Ok(Self { version, nodes, partitions, readers })
     }
 
     /// Grows with every change of the table.
@@ -63,7 +74,9 @@ impl Placement {
         let addresses = |nodes: &[v1::Node]| -> Vec<String> {
             nodes.iter().map(|node| node.address.clone()).collect()
         };
-        self.partitions == other.partitions && addresses(&self.nodes) == addresses(&other.nodes)
+        self.partitions == other.partitions
+            && self.readers == other.readers
+            && addresses(&self.nodes) == addresses(&other.nodes)
     }
 
     /// The partition of an object: the upper bits of its identity.
@@ -72,6 +85,13 @@ impl Placement {
         let bits = self.partitions.len().trailing_zeros();
         // One partition has no bits: a shift by 64 would overflow.
         id.prefix().checked_shr(u64::BITS - bits).unwrap_or(0) as usize
+    }
+
+    /// Indices into [`Self::nodes`] of the nodes to read the object from: its holders, then those
+    /// that held it before and may have what has not been moved yet.
+    #[must_use]
+    pub fn readers(&self, id: &Hash) -> &[u32] {
+        &self.readers[self.partition(id)]
     }
 
     /// Indices into [`Self::nodes`] of the nodes that hold the object, first choice first.
@@ -91,7 +111,10 @@ mod tests {
             pool: 1,
             version: 3,
             nodes: (0..nodes).map(node).collect(),
-            partitions: partitions.into_iter().map(|node| v1::PartitionNodes { node }).collect(),
+            partitions: partitions
+                .into_iter()
+                .map(|node| v1::PartitionNodes { node, moving_from: vec![] })
+                .collect(),
         }
     }
 
@@ -122,6 +145,25 @@ mod tests {
             (vec![vec![0, 0], vec![0, 1]], 2),
         ] {
             assert!(Placement::new(table(partitions.clone(), 2), width).is_err(), "{partitions:?}");
+        }
+    }
+
+    #[test]
+    fn what_moves_is_read_from_where_it_was_too() {
+        let id = Hash([0; 32]);
+        let mut moving = table(vec![vec![0, 1]], 4);
+        moving.partitions[0].moving_from = vec![3, 2];
+        let placement = Placement::new(moving.clone(), 2).unwrap();
+        assert_eq!(
+            (placement.holders(&id), placement.readers(&id)),
+            (&[0, 1][..], &[0, 1, 3, 2][..])
+        );
+        let settled = Placement::new(table(vec![vec![0, 1]], 4), 2).unwrap();
+        assert_eq!(settled.readers(&id), [0, 1]);
+        assert!(!settled.same_nodes(&placement));
+        for from in [vec![4], vec![1], vec![3, 3]] {
+            moving.partitions[0].moving_from = from;
+            assert!(Placement::new(moving.clone(), 2).is_err());
         }
     }
 

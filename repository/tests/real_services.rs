@@ -84,7 +84,10 @@ impl Node {
             });
         let task = tokio::spawn(async move { serving.await.unwrap() });
         let (id, domain) = (id.to_owned(), id.to_owned());
-        catalog.register_node(v1::RegisterNodeRequest { id, address, domain }).await.unwrap();
+        catalog
+            .register_node(v1::RegisterNodeRequest { id, address, domain, cluster: String::new() })
+            .await
+            .unwrap();
         Self { store, stop, task }
     }
 

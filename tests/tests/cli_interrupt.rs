@@ -142,7 +142,7 @@ fn a_full_disk_is_a_clear_refusal_and_everything_goes_on() -> Result<()> {
     assert!(refused.stderr.contains("full") && refused.stderr.contains("space"), "{refused:?}");
     let images = cluster.json(&["image", "list"])?;
     assert_eq!(images.as_array().map(Vec::len), Some(1));
-    assert_eq!(cluster.json(&["node", "list"])?[0]["state"], "full");
+    assert_eq!(cluster.json(&["node", "list"])?[0]["health"], "full");
 
     // What is there can be read, and small things can be done.
     let out = files.path().join("out");

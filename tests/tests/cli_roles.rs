@@ -143,7 +143,7 @@ fn a_node_that_is_down_shows_and_its_copies_are_elsewhere() -> Result<()> {
         .as_array()
         .context("no list")?
         .iter()
-        .filter(|node| node["state"] == "down")
+        .filter(|node| node["health"] == "unreachable")
         .map(|node| node["address"].clone())
         .collect();
     assert_eq!(states, [address.as_str()]);

@@ -45,7 +45,10 @@ fn status_tells_of_everything() -> Result<()> {
     let nodes = cluster.json(&["node", "list"])?;
     let node = &nodes[0];
     assert!(node["node"].as_str().is_some_and(|id| id.len() == 32), "{node}");
-    assert_eq!((&node["state"], &node["damaged_records"]), (&"ok".into(), &0.into()));
+    assert_eq!(
+        (&node["state"], &node["health"], &node["damaged_records"]),
+        (&"up".into(), &"ok".into(), &0.into())
+    );
     assert!(is_rfc_3339(&node["registered_at"]));
     Ok(())
 }

@@ -208,6 +208,7 @@ fn every_option_of_a_page_is_in_the_help() {
         "snapshot unpin",
         "vm add",
         "pool create",
+        "node drain",
     ];
     let help: String = verbs
         .iter()

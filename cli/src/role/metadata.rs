@@ -12,7 +12,9 @@ use tonic::Status;
 
 use super::directory::Described;
 use super::serve::{Ready, Served, bind, until_stopped};
-use crate::args::{DEFAULT_POOL, MetadataArgs, MetadataCommand, MetadataServerArgs, MetadataStore};
+use crate::args::{
+    DEFAULT_POOL, MetadataArgs, MetadataCommand, MetadataServerArgs, MetadataStore, Seconds,
+};
 use crate::exit::{Exit, Refusal, RemoteError};
 use crate::interrupt::Interrupts;
 use crate::output::Output;
@@ -40,14 +42,14 @@ async fn serve(args: MetadataServerArgs, output: Output) -> anyhow::Result<()> {
     let interrupts = Interrupts::listen()?;
     let (listener, address) = bind(&args.listen).await?;
     let metadata = match (&args.store, &args.dir) {
-        (MetadataStore::Sled, Some(dir)) => open(dir).await?,
+        (MetadataStore::Sled, Some(dir)) => open(dir, args.node_down_after).await?,
         (MetadataStore::Sled, None) => {
             let message = "--store sled keeps its records in a directory: give --dir";
             return Err(Refusal::new(Exit::Usage, message).into());
         }
         #[cfg(feature = "etcd")]
         (MetadataStore::Etcd(target), _) => {
-            blobcr_metadata::open_etcd(target, Options::default()).await?
+            blobcr_metadata::open_etcd(target, options(args.node_down_after)).await?
         }
     };
     ensure_pool(&metadata, args.pool.as_deref()).await?;
@@ -91,8 +93,12 @@ async fn migrate(from: &Path, to: &EtcdTarget, output: Output) -> anyhow::Result
 ///
 /// # Errors
 /// When the directory is in use, or damaged.
-pub(super) async fn open(dir: &Path) -> anyhow::Result<MetadataService> {
-    Ok(blobcr_metadata::open(dir, Options::default()).await?)
+pub(super) async fn open(dir: &Path, down_after: Seconds) -> anyhow::Result<MetadataService> {
+    Ok(blobcr_metadata::open(dir, options(down_after)).await?)
+}
+
+fn options(down_after: Seconds) -> Options {
+    Options { down_after: down_after.into(), ..Options::default() }
 }
 
 /// What a repository promises whose operator said nothing.

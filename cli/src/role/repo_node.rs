@@ -1,7 +1,7 @@
 //! `blobcr repo-node`: a chunk server.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use blobcr_repo_node::{ChunkStore, Options, server_builder};
 use blobcr_repository::{CatalogError, ConnectOptions, Repository};
 use tokio::net::TcpListener;
 
+use super::cluster_file;
 use super::directory::Described;
 use super::serve::{Ready, Served, bind, until_stopped};
 use crate::args::RepoNodeArgs;
@@ -29,10 +30,10 @@ pub async fn run(args: RepoNodeArgs, output: Output) -> anyhow::Result<()> {
     let metadata = Repository::connect(&args.metadata, ConnectOptions::default()).await?;
     let directory = Described::new("repo-node").with_metadata(&args.metadata);
     let node = RepoNode::start(&args.dir, listener, directory).await?;
-    let registration = node.registration(advertised, args.domain);
+    let registration = node.registration(advertised, args.domain)?;
     tokio::select! {
-        registered = register(&metadata, &registration) => {
-            registered?;
+        registered = node.join(&metadata, registration) => {
+            let registration = registered?;
             Ready { role: "repo-node", address, mount: None }.announce(output)?;
             let renewing = tokio::spawn(keep_registered(metadata, registration));
             until_stopped(interrupts, || {}).await?;
@@ -64,6 +65,7 @@ fn advertised(advertise: Option<String>, listener: &TcpListener) -> anyhow::Resu
 pub(super) struct RepoNode {
     store: Arc<ChunkStore>,
     served: Served,
+    dir: PathBuf,
 }
 
 impl RepoNode {
@@ -93,18 +95,48 @@ impl RepoNode {
         let router = server_builder()
             .add_service(blobcr_repo_node::service(Arc::clone(&store)))
             .add_service(directory.service());
-        Ok(Self { served: Served::start(router, listener), store })
+        Ok(Self { served: Served::start(router, listener), store, dir: dir.to_owned() })
     }
 
     /// What the metadata service is told of it.
+    ///
+    /// # Errors
+    /// When the directory does not tell which repository it belongs to.
     pub(super) fn registration(
         &self,
         address: String,
         domain: Option<String>,
-    ) -> v1::RegisterNodeRequest {
+    ) -> anyhow::Result<v1::RegisterNodeRequest> {
         let id = self.store.node_id();
+        let cluster = cluster_file::read(&self.dir)?.unwrap_or_default();
         // Without a domain, each node fails by itself.
-        v1::RegisterNodeRequest { domain: domain.unwrap_or_else(|| id.clone()), id, address }
+        let domain = domain.unwrap_or_else(|| id.clone());
+        Ok(v1::RegisterNodeRequest { id, address, domain, cluster })
+    }
+
+    /// Registers the node, and notes which repository it belongs to from now on. Returns what to
+    /// register it with again.
+    ///
+    /// # Errors
+    /// When the service refuses the node, or is another repository's.
+    pub(super) async fn join(
+        &self,
+        metadata: &Repository,
+        registration: v1::RegisterNodeRequest,
+    ) -> anyhow::Result<v1::RegisterNodeRequest> {
+        let cluster = register(metadata, &registration).await?.cluster;
+        if registration.cluster.is_empty() && !cluster.is_empty() {
+            cluster_file::write(&self.dir, &cluster)?;
+        } else if registration.cluster != cluster {
+            let message = format!(
+                "the node in {} belongs to the repository {}, and the metadata server to {cluster:?}; \
+                 point --metadata at the node's own repository, or give it an empty directory",
+                self.dir.display(),
+                registration.cluster
+            );
+            return Err(Refusal::new(Exit::Conflict, message).into());
+        }
+        Ok(v1::RegisterNodeRequest { cluster, ..registration })
     }
 
     /// Stops to serve, and leaves the store ready for a quick start.
@@ -120,22 +152,21 @@ impl RepoNode {
 
 /// Between two attempts to reach the metadata service.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
-/// How often a node tells again that it is there: mends a metadata store that was put back to an
-/// older copy.
-const RENEW_EVERY: Duration = Duration::from_secs(60);
+/// How often a node says that it is there: several such messages are lost before it is suspected.
+const RENEW_EVERY: Duration = Duration::from_secs(3);
 
 /// Registers a node, however long the metadata service takes to be there.
 ///
 /// # Errors
 /// When the service refuses the node.
-pub(super) async fn register(
+async fn register(
     metadata: &Repository,
     registration: &v1::RegisterNodeRequest,
-) -> Result<(), CatalogError> {
+) -> Result<v1::Node, CatalogError> {
     let mut told = false;
     loop {
         match metadata.catalog().register_node(registration.clone()).await {
-            Ok(_) => return Ok(()),
+            Ok(node) => return Ok(node),
             Err(e) if e.is_transient() || matches!(e, CatalogError::Timeout(_)) => {
                 if !told {
                     tracing::warn!(error = %e, "not registered yet; trying again");
@@ -148,12 +179,18 @@ pub(super) async fn register(
     }
 }
 
-/// Registers a node again and again.
-async fn keep_registered(metadata: Repository, registration: v1::RegisterNodeRequest) {
+/// Says again and again that a node is there.
+pub(super) async fn keep_registered(metadata: Repository, registration: v1::RegisterNodeRequest) {
+    let mut refused = false;
     loop {
         tokio::time::sleep(RENEW_EVERY).await;
-        if let Err(e) = register(&metadata, &registration).await {
-            tracing::warn!(error = %e, "the metadata service does not take this node any more");
+        match register(&metadata, &registration).await {
+            Ok(_) => refused = false,
+            Err(e) if !refused => {
+                refused = true;
+                tracing::warn!(error = %e, "the metadata service does not take this node any more");
+            }
+            Err(_) => {}
         }
     }
 }

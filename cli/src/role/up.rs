@@ -23,7 +23,7 @@ use blobcr_repository::{ConnectOptions, Repository};
 use super::directory::Described;
 use super::limits::raise_open_files;
 use super::lock::DirLock;
-use super::repo_node::{RepoNode, register};
+use super::repo_node::{RepoNode, keep_registered};
 use super::serve::{Ready, Served, bind};
 use super::{metadata, mirror};
 use crate::args::UpArgs;
@@ -71,6 +71,8 @@ struct Roles {
     address: String,
     metadata: Option<MetadataService>,
     nodes: Vec<RepoNode>,
+    /// Say for the nodes that they are there.
+    registering: tokio::task::JoinSet<()>,
     host: Option<Host>,
     proxy: Option<Proxy>,
     services: Vec<Served>,
@@ -80,7 +82,7 @@ impl Roles {
     /// Metadata and nodes: what the host's roles need.
     async fn start_repository(&mut self, args: &UpArgs, dir: &Path) -> anyhow::Result<Repository> {
         let nodes = node_count(args, &dir.join("nodes"))?;
-        let metadata = metadata::open(&dir.join("metadata")).await?;
+        let metadata = metadata::open(&dir.join("metadata"), args.node_down_after).await?;
         self.metadata = Some(metadata.clone());
         // The roles find the metadata at an address of its own: the endpoint answers only when
         // everything behind it is ready.
@@ -98,9 +100,12 @@ impl Roles {
     async fn start_node(&mut self, dir: &Path, repository: &Repository) -> anyhow::Result<()> {
         let (listener, address) = bind("127.0.0.1:0").await?;
         let node = RepoNode::start(dir, listener, Described::new("repo-node")).await?;
-        let registration = node.registration(address, None);
+        let registration = node.registration(address, None)?;
         self.nodes.push(node);
-        Ok(register(repository, &registration).await?)
+        let node = self.nodes.last().context("a node was started")?;
+        let registration = node.join(repository, registration).await?;
+        self.registering.spawn(keep_registered(repository.clone(), registration));
+        Ok(())
     }
 
     /// Mirror, proxy and the endpoint that serves everything.
@@ -158,6 +163,7 @@ impl Roles {
         for served in self.services.drain(..).rev() {
             served.stop().await;
         }
+        self.registering.shutdown().await;
         for node in self.nodes.drain(..) {
             outcome = outcome.and(node.stop().await);
         }

@@ -30,8 +30,11 @@ pub(super) async fn degraded_chunks(
     pools: &[v1::Pool],
 ) -> anyhow::Result<Option<u64>> {
     let damaged: u64 = nodes.iter().filter_map(|node| node.damaged_records).sum();
-    let down: HashSet<&str> =
-        nodes.iter().filter(|node| node.state == "down").map(|node| node.node.as_str()).collect();
+    let down: HashSet<&str> = nodes
+        .iter()
+        .filter(|node| node.health == "unreachable")
+        .map(|node| node.node.as_str())
+        .collect();
     let mut degraded = damaged;
     for pool in pools {
         let mut chunks = owed(repository, pool).await?;
@@ -90,12 +93,17 @@ async fn on_down_nodes(
     let placement = Placement::new(table, policy.nodes())
         .map_err(|e| Refusal::new(Exit::Integrity, e.to_string()))?;
     let is_down = |at: &u32| down.contains(placement.nodes()[*at as usize].id.as_str());
-    if partitions.iter().any(|holders| holders.node.iter().all(is_down)) {
+    // A partition that moves from as many nodes as it needs may be there alone still.
+    let lost = |row: &v1::PartitionNodes| {
+        let moved_wholly = row.moving_from.len() >= policy.nodes();
+        row.node.iter().all(is_down) || (moved_wholly && row.moving_from.iter().all(is_down))
+    };
+    if partitions.iter().any(lost) {
         return Ok(None);
     }
     // Each chunk is counted where its first copy that is up says so: once.
     let counted_at = |id: &Hash| {
-        let holders = placement.holders(id);
+        let holders = placement.readers(id);
         let degraded = holders.iter().any(is_down);
         holders.iter().copied().find(|at| degraded && !is_down(at))
     };
@@ -114,8 +122,7 @@ async fn on_down_nodes(
 }
 
 /// Shows every chunk of a node to `see`.
-async fn each_chunk(pool: u32, node: &v1::Node, see: impl FnMut(&Hash)) -> anyhow::Result<()> {
-    let mut see = see;
+async fn each_chunk(pool: u32, node: &v1::Node, mut see: impl FnMut(&Hash)) -> anyhow::Result<()> {
     let mut client =
         RecordStoreClient::new(lazy(&node.address)?).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let mut request =

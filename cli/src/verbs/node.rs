@@ -25,9 +25,20 @@ const ASKED_AT_ONCE: usize = 32;
 /// What the verb says.
 pub async fn run(command: NodeCommand, session: &Session, output: Output) -> anyhow::Result<()> {
     let repository = session.repository().await?;
-    match command {
-        NodeCommand::List => output.data(&views(&repository).await?, |views| node_table(views)),
-    }
+    let node = match command {
+        NodeCommand::List => {
+            return output.data(&views(&repository).await?, |views| node_table(views));
+        }
+        NodeCommand::Drain { node, cancel } => {
+            repository.catalog().drain_node(v1::DrainNodeRequest { id: node, cancel }).await?
+        }
+        NodeCommand::Remove { node } => {
+            repository.catalog().remove_node(v1::RemoveNodeRequest { id: node }).await?
+        }
+    };
+    let status = status(&node).await;
+    let view = NodeView::new(node, status);
+    output.data(&view, |view| node_table(std::slice::from_ref(view)))
 }
 
 /// Every registered node, and what it says of itself.
@@ -56,6 +67,7 @@ pub(super) fn node_table(views: &[NodeView]) -> String {
         Column::Text("ADDRESS"),
         Column::Text("DOMAIN"),
         Column::Text("STATE"),
+        Column::Text("HEALTH"),
         Column::Number("FREE"),
         Column::Number("LIVE"),
         Column::Number("RECORDS"),
@@ -69,6 +81,7 @@ pub(super) fn node_table(views: &[NodeView]) -> String {
                 view.address.clone(),
                 view.domain.clone(),
                 view.state.to_owned(),
+                view.health.to_owned(),
                 or_dash(view.free_bytes.map(human_size)),
                 or_dash(view.live_bytes.map(human_size)),
                 or_dash(view.records),

@@ -91,7 +91,7 @@ fn pending(disk: &DiskView) -> impl Iterator<Item = PendingView> + '_ {
 }
 
 fn human(view: &StatusView) -> String {
-    let up = view.nodes.iter().filter(|node| node.state != "down").count();
+    let up = view.nodes.iter().filter(|node| node.health != "unreachable").count();
     let mut text = facts([
         ("endpoint", format!("{} ({} {})", view.endpoint, view.role, view.version)),
         ("nodes", format!("{up} of {} up", view.nodes.len())),

@@ -13,6 +13,9 @@ pub enum Counter {
     Generation = 2,
     /// Pool ids.
     Pool = 3,
+    /// Changes of which nodes there are and which of them tables name: whoever decides about both
+    /// takes the next one, so that no two such decisions miss each other.
+    Membership = 4,
 }
 
 /// One source.
@@ -43,7 +46,7 @@ impl Record for CounterRecord {
 
     fn check(&self) -> Result<(), &'static str> {
         match self.counter {
-            1..=3 => Ok(()),
+            1..=4 => Ok(()),
             _ => Err("unknown counter"),
         }
     }

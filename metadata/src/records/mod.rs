@@ -12,6 +12,7 @@
 //! ```
 //! The key is part of the checksum, so a value that strayed to another key is found.
 
+mod cluster;
 mod counter;
 mod debt;
 mod image;
@@ -28,6 +29,7 @@ mod set;
 mod set_vm;
 mod snapshot;
 
+pub use cluster::ClusterRecord;
 pub use counter::{Counter, CounterRecord};
 pub use debt::DebtRecord;
 pub use image::ImageRecord;
@@ -36,7 +38,7 @@ pub use lease::LeaseRecord;
 pub use lease_work::LeaseWorkRecord;
 pub use node::{NodeRecord, check_node_id};
 pub use pin::{HOLDER_BYTES_MAX, PinRecord, check_holder};
-pub use placement::{PART_ROWS, PlacementPartRecord, PlacementRecord, TABLE_NODES_MAX};
+pub use placement::{MovingFrom, PART_ROWS, PlacementPartRecord, PlacementRecord, TABLE_NODES_MAX};
 pub use pool::PoolRecord;
 pub use pool_name::PoolNameRecord;
 pub use removal::RemovalRecord;
@@ -69,6 +71,7 @@ use crate::store::Key;
 /// | `LeaseWork` | lease id, 8; image id, 8; number, 8 | [`LeaseWorkRecord`] |
 /// | `Removal` | image id, 8 | [`RemovalRecord`] |
 /// | `Debt` | pool id, 4; partition, 4 | [`DebtRecord`] |
+/// | `Cluster` | nothing | [`ClusterRecord`] |
 /// | `Pin` | image id, 8; number, 8; holder | [`PinRecord`] |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -103,6 +106,8 @@ pub enum KeyKind {
     Removal = 14,
     /// What a partition owes to its pool's policy.
     Debt = 15,
+    /// Which repository this is.
+    Cluster = 16,
     /// A snapshot that somebody needs.
     Pin = 24,
 }

@@ -23,6 +23,16 @@ pub struct NodeRecord {
     /// When it came, or last changed its address or domain, in ms since 1970.
     #[prost(uint64, tag = "4")]
     pub registered_unix_ms: u64,
+    /// When it was heard of last, in ms since 1970; written only now and then.
+    #[prost(uint64, tag = "5")]
+    pub last_seen_unix_ms: u64,
+    /// New tables leave it out.
+    #[prost(bool, tag = "6")]
+    pub draining: bool,
+    /// When it was removed, in ms since 1970; 0 before. The record stays, so that it is not taken
+    /// again.
+    #[prost(uint64, tag = "7")]
+    pub removed_unix_ms: u64,
 }
 
 impl NodeRecord {
@@ -32,14 +42,18 @@ impl NodeRecord {
         KeyBuilder::new(KeyKind::Node).text(id).key()
     }
 
-    /// The wire form.
+    /// The wire form of a node in that state.
     #[must_use]
-    pub fn to_wire(&self) -> v1::Node {
+    pub fn to_wire(&self, state: v1::NodeState) -> v1::Node {
         v1::Node {
             id: self.id.clone(),
             address: self.address.clone(),
             domain: self.domain.clone(),
             registered_unix_ms: self.registered_unix_ms,
+            state: state.into(),
+            last_seen_unix_ms: self.last_seen_unix_ms,
+            draining: self.draining,
+            cluster: String::new(),
         }
     }
 

@@ -1,5 +1,5 @@
 //! Placement tables. A table is split, because a large pool's does not fit one value: the newest
-//! version's head names the nodes, and parts of that version, which never change, hold the rows.
+//! version's head names the nodes, and parts of that version hold the rows.
 
 use super::{KeyBuilder, KeyKind, Record};
 use crate::store::Key;
@@ -70,7 +70,8 @@ impl Record for PlacementRecord {
     }
 }
 
-/// Rows of one version of a table.
+/// Rows of one version of a table. The rows never change; what they move from is taken away as their
+/// data arrives.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct PlacementPartRecord {
     /// The pool.
@@ -85,6 +86,20 @@ pub struct PlacementPartRecord {
     /// Row after row, the indices of its nodes, first choice first; all rows of equal length.
     #[prost(uint32, repeated, tag = "4")]
     pub rows: Vec<u32>,
+    /// The rows whose data has not all come to their nodes yet, in order.
+    #[prost(message, repeated, tag = "5")]
+    pub moving: Vec<MovingFrom>,
+}
+
+/// Who held a partition before, until its data has come to its row.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct MovingFrom {
+    /// Which row of the part.
+    #[prost(uint32, tag = "1")]
+    pub row: u32,
+    /// Indices of the nodes, the latest last; none of them is in the row.
+    #[prost(uint32, repeated, tag = "2")]
+    pub nodes: Vec<u32>,
 }
 
 impl PlacementPartRecord {
@@ -108,6 +123,15 @@ impl Record for PlacementPartRecord {
         }
         if self.rows.len() > PART_ROWS * POLICY_NODES_MAX {
             return Err("too many rows");
+        }
+        let in_order = self.moving.is_sorted_by(|a, b| a.row < b.row);
+        let bounded = |moving: &MovingFrom| {
+            (moving.row as usize) < PART_ROWS
+                && (1..=POLICY_NODES_MAX).contains(&moving.nodes.len())
+                && moving.nodes.iter().all(|node| (*node as usize) < TABLE_NODES_MAX)
+        };
+        if !in_order || !self.moving.iter().all(bounded) {
+            return Err("a row that moves is out of range");
         }
         if self.rows.iter().any(|node| *node as usize >= TABLE_NODES_MAX) {
             return Err("an index is out of range");

@@ -120,8 +120,12 @@ fn placement() -> impl Strategy<Value = PlacementRecord> {
 
 fn part() -> impl Strategy<Value = PlacementPartRecord> {
     let rows = prop::collection::vec(0..TABLE_NODES_MAX as u32, 0..=PART_ROWS * 24);
-    (1..u32::MAX, id(), 0..256u32, rows)
-        .prop_map(|(pool, version, part, rows)| PlacementPartRecord { pool, version, part, rows })
+    let from = prop::collection::vec(0..TABLE_NODES_MAX as u32, 1..=24);
+    let moving = prop::collection::btree_map(0..PART_ROWS as u32, from, 0..=PART_ROWS);
+    (1..u32::MAX, id(), 0..256u32, rows, moving).prop_map(|(pool, version, part, rows, moving)| {
+        let moving = moving.into_iter().map(|(row, nodes)| MovingFrom { row, nodes }).collect();
+        PlacementPartRecord { pool, version, part, rows, moving }
+    })
 }
 
 fn comes_back<R: Record>(record: &R) -> Result<(), TestCaseError> {
@@ -163,7 +167,7 @@ proptest! {
         text in name(), other in "\\PC{0,50}", a in id(), b in id(), c in id(), n in 1..u32::MAX,
         flag in any::<bool>(),
     ) {
-        comes_back(&CounterRecord { counter: n % 3 + 1, given: a })?;
+        comes_back(&CounterRecord { counter: n % 4 + 1, given: a })?;
         comes_back(&ImageNameRecord { name: text.clone(), image_id: a })?;
         comes_back(&SetRecord {
             group: text.clone(), sequence: a - 1, expected_vms: n, created_unix_ms: b,
@@ -181,6 +185,9 @@ proptest! {
             address: other.clone(),
             domain: text.clone(),
             registered_unix_ms: c,
+            last_seen_unix_ms: b,
+            draining: flag,
+            removed_unix_ms: a * u64::from(flag),
         })?;
         comes_back(&LeaseRecord {
             id: a, generation: b, holder: other, ttl_ms: c, expires_unix_ms: c, closed: flag,
@@ -277,7 +284,23 @@ fn a_record_that_breaks_the_rules_is_refused() {
     refused(&SetVmRecord { group: "g".to_owned(), vm: "v".to_owned(), ..Default::default() });
     refused(&DebtRecord { pool: 1, partition: 1 << 16, objects: 1, since_unix_ms: 0 });
     refused(&DebtRecord { pool: 1, partition: 1, objects: 0, since_unix_ms: 0 });
-    refused(&PlacementPartRecord { pool: 1, version: 1, part: 0, rows: vec![u32::MAX] });
+    refused(&PlacementPartRecord {
+        pool: 1,
+        version: 1,
+        part: 0,
+        rows: vec![u32::MAX],
+        ..Default::default()
+    });
+    let moving = |row, nodes| PlacementPartRecord {
+        pool: 1,
+        version: 1,
+        moving: vec![MovingFrom { row, nodes }],
+        ..Default::default()
+    };
+    refused(&moving(PART_ROWS as u32, vec![0]));
+    refused(&moving(0, vec![]));
+    refused(&moving(0, vec![u32::MAX]));
+    refused(&ClusterRecord { id: "short".to_owned() });
 }
 
 fn line<R: Record>(record: &R) -> String {
@@ -355,6 +378,7 @@ fn golden_records_of_version_1() {
             address: "127.0.0.1:7000".to_owned(),
             domain: "rack-1".to_owned(),
             registered_unix_ms: 9,
+            ..NodeRecord::default()
         }),
         line(&PlacementRecord {
             pool: 1,
@@ -363,7 +387,13 @@ fn golden_records_of_version_1() {
             width: 2,
             partitions: 1024,
         }),
-        line(&PlacementPartRecord { pool: 1, version: 1, part: 3, rows: vec![0, 1, 1, 0] }),
+        line(&PlacementPartRecord {
+            pool: 1,
+            version: 1,
+            part: 3,
+            rows: vec![0, 1, 1, 0],
+            moving: vec![],
+        }),
         line(&LeaseRecord {
             id: 0x1122_3344_5566_7788,
             generation: 300,
@@ -390,12 +420,31 @@ fn golden_records_of_version_1() {
 /// first golden file holds.
 #[test]
 fn golden_records_of_members() {
-    let lines = [line(&DebtRecord {
-        pool: 1,
-        partition: 900,
-        objects: 12,
-        since_unix_ms: 1_700_000_000_000,
-    })];
+    let lines = [
+        line(&DebtRecord {
+            pool: 1,
+            partition: 900,
+            objects: 12,
+            since_unix_ms: 1_700_000_000_000,
+        }),
+        line(&NodeRecord {
+            id: "00ff".to_owned(),
+            address: "127.0.0.1:7000".to_owned(),
+            domain: "rack-1".to_owned(),
+            registered_unix_ms: 9,
+            last_seen_unix_ms: 1_700_000_000_000,
+            draining: true,
+            removed_unix_ms: 1_700_000_000_001,
+        }),
+        line(&PlacementPartRecord {
+            pool: 1,
+            version: 2,
+            part: 3,
+            rows: vec![0, 1, 1, 0],
+            moving: vec![MovingFrom { row: 1, nodes: vec![2, 3] }],
+        }),
+        line(&ClusterRecord { id: "0123456789abcdef0123456789abcdef".to_owned() }),
+    ];
     let found = lines.concat();
     let golden = include_str!("../../golden/records-v1-members.txt");
     assert_eq!(found, golden, "this program writes:\n{found}");

@@ -8,7 +8,7 @@
 //! | [`leases`] | a writer's promise to be alive, and what happens when it is broken |
 //! | [`collection`] | what the collector must spare |
 //! | [`pools`], [`nodes`] | redundancy, membership |
-//! | [`placement`] | which nodes hold a partition |
+//! | [`placement`], [`rebalance`] | which nodes hold a partition, and how that changes |
 //! | [`debt`] | what was acknowledged with too few copies |
 //! | [`sets`] | checkpoint sets |
 //!
@@ -28,6 +28,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use tokio::sync::{Mutex, MutexGuard};
 
@@ -44,6 +45,7 @@ pub mod nodes;
 pub mod pins;
 pub mod placement;
 pub mod pools;
+pub mod rebalance;
 pub mod sets;
 pub mod snapshots;
 
@@ -73,6 +75,8 @@ pub struct VersionManager {
     /// Leases get their full time from here: before, nobody could renew them. The start of this
     /// process, or the end of the last time that its store was away.
     renewable_unix_ms: AtomicU64,
+    /// Nodes that were not heard of for so long are down.
+    down_after: Duration,
     image_ids: Mutex<std::ops::Range<u64>>,
     /// Taken in turn, because all of them change one counter.
     generation_turn: Mutex<()>,
@@ -104,11 +108,19 @@ impl VersionManager {
             clock,
             entropy,
             renewable_unix_ms,
+            down_after: nodes::DOWN_AFTER_DEFAULT,
             image_ids: Mutex::new(0..0),
             generation_turn: Mutex::new(()),
             debt_turn: Mutex::new(()),
             image_turns: (0..IMAGE_TURNS).map(|_| Mutex::new(())).collect(),
         }
+    }
+
+    /// The same, with another time after which a silent node is down.
+    #[must_use]
+    pub fn with_down_after(mut self, down_after: Duration) -> Self {
+        self.down_after = down_after.max(nodes::DOWN_AFTER_MIN);
+        self
     }
 
     /// Waits for this process's turn to change an image's record.
@@ -233,7 +245,7 @@ impl<'a> Attempts<'a> {
         }
         let longest = (1 << self.made.min(16)).min(PAUSE_MS_MAX);
         let pause = self.manager.entropy.next_u64() % (longest + 1);
-        tokio::time::sleep(std::time::Duration::from_millis(pause)).await;
+        tokio::time::sleep(Duration::from_millis(pause)).await;
         Ok(())
     }
 }

@@ -1,17 +1,19 @@
 //! Which nodes hold each partition of a pool.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use blobcr_proto::v1;
+use blobcr_proto::v1::NodeState;
 
-use super::{RecordSwap, VersionManager, mix64, until_won};
+use super::rebalance::{OldRow, rebalance};
+use super::{Held, RecordSwap, VersionManager, mix64, until_won};
 use crate::error::Error;
 use crate::records::{
-    KeyKind, NodeRecord, PART_ROWS, PlacementPartRecord, PlacementRecord, PoolRecord, Record,
-    TABLE_NODES_MAX, prefix_of,
+    Counter, CounterRecord, KeyKind, MovingFrom, NodeRecord, PART_ROWS, PlacementPartRecord,
+    PlacementRecord, PoolRecord, Record, RecordError, TABLE_NODES_MAX, prefix_of,
 };
 use crate::store::Swap;
-use blobcr_proto::policy::Policy;
+use blobcr_proto::policy::{POLICY_NODES_MAX, Policy};
 
 /// A node that partitions can be given to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,8 +36,7 @@ pub fn build(candidates: &[Candidate], partitions: u32, width: usize) -> Vec<Vec
     debug_assert!(candidates.len() >= width && candidates.len() <= TABLE_NODES_MAX);
     let hashes: Vec<u64> = candidates.iter().map(|node| hash(&node.id)).collect();
     let rank = |partition: u32, node: usize| {
-        let node = hashes.get(node).copied().unwrap_or_default();
-        mix64(node ^ mix64(u64::from(partition)))
+        ranked(hashes.get(node).copied().unwrap_or_default(), partition)
     };
     let mut held = vec![0u32; candidates.len()];
     let mut first = vec![0u32; candidates.len()];
@@ -63,49 +64,153 @@ pub fn build(candidates: &[Candidate], partitions: u32, width: usize) -> Vec<Vec
     rows
 }
 
-fn hash(id: &str) -> u64 {
+/// How high a partition ranks a node; rendezvous hashing.
+pub(super) fn ranked(node: u64, partition: u32) -> u64 {
+    mix64(node ^ mix64(u64::from(partition)))
+}
+
+pub(super) fn hash(id: &str) -> u64 {
     blobcr_proto::Hash::of(id.as_bytes()).prefix()
+}
+
+/// Who holds one partition, and who held it before.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Row {
+    nodes: Vec<u32>,
+    from: Vec<u32>,
+}
+
+/// The newest table of a pool, as it was read.
+#[derive(Debug)]
+struct Table {
+    head: Held<PlacementRecord>,
+    parts: Vec<Held<PlacementPartRecord>>,
+    rows: Vec<Row>,
+}
+
+fn damaged(head: &PlacementRecord, detail: &str) -> Error {
+    Error::Record(RecordError::Damaged { key: head.key(), detail: detail.to_owned() })
+}
+
+impl Table {
+    fn new(
+        head: Held<PlacementRecord>,
+        parts: Vec<Held<PlacementPartRecord>>,
+    ) -> Result<Self, Error> {
+        let mut rows: Vec<Row> = Vec::with_capacity(head.value.partitions as usize);
+        for part in &parts {
+            let first = rows.len();
+            let nodes = part.value.rows.chunks(head.value.width as usize);
+            rows.extend(nodes.map(|row| Row { nodes: row.to_vec(), from: Vec::new() }));
+            for moving in &part.value.moving {
+                if let Some(row) = rows.get_mut(first + moving.row as usize) {
+                    row.from.clone_from(&moving.nodes);
+                }
+            }
+        }
+        let whole = |row: &Row| {
+            row.nodes.len() == head.value.width as usize
+                && row.nodes.iter().chain(&row.from).all(|n| (*n as usize) < head.value.nodes.len())
+        };
+        if rows.len() != head.value.partitions as usize || !rows.iter().all(whole) {
+            return Err(damaged(&head.value, "the rows of the table do not fit it"));
+        }
+        Ok(Self { head, parts, rows })
+    }
+}
+
+fn parts_of(head: &PlacementRecord, rows: &[Row]) -> Vec<PlacementPartRecord> {
+    let part = |(rows, part): (&[Row], u32)| PlacementPartRecord {
+        pool: head.pool,
+        version: head.version,
+        part,
+        rows: rows.iter().flat_map(|row| row.nodes.iter().copied()).collect(),
+        moving: (0..)
+            .zip(rows)
+            .filter(|(_, row)| !row.from.is_empty())
+            .map(|(at, row)| MovingFrom { row: at, nodes: row.from.clone() })
+            .collect(),
+    };
+    rows.chunks(PART_ROWS).zip(0..).map(part).collect()
+}
+
+fn candidate(node: &NodeRecord) -> Candidate {
+    Candidate { id: node.id.clone(), domain: node.failure_domain().to_owned() }
 }
 
 impl VersionManager {
     /// The table of a pool. It is made when it is first asked for after enough nodes have
-    /// registered, of all nodes that have by then, and is then fixed.
+    /// registered, of all nodes that are there by then; [`VersionManager::place`] changes it.
     ///
     /// # Errors
-    /// [`Error::Precondition`] while too few nodes have registered for the pool's policy.
+    /// [`Error::Precondition`] while too few nodes are up for the pool's policy.
     pub async fn get_placement(&self, r: v1::PoolRef) -> Result<v1::PlacementTable, Error> {
         let pool = self.pool_record(&r).await?.value;
-        let object = format!("pool {:?}", pool.name);
-        let head = until_won!(self, object, self.head_or_build(&pool).await)?;
-        self.table(&head).await
+        let table = match self.table(pool.id).await? {
+            Some(table) => table,
+            None => {
+                let object = format!("pool {:?}", pool.name);
+                until_won!(self, object, self.build_table(&pool).await)?;
+                let table = self.table(pool.id).await?;
+                table.ok_or_else(|| Error::Contended { object: format!("pool {:?}", pool.name) })?
+            }
+        };
+        self.wire_table(&table).await
     }
 
-    async fn head_or_build(&self, pool: &PoolRecord) -> Result<PlacementRecord, Error> {
-        let key = PlacementRecord::key_of(pool.id);
-        if let Some(head) = self.load::<PlacementRecord>(key).await? {
-            return Ok(head.value);
+    /// The newest table of a pool, if it has one.
+    async fn table(&self, pool: u32) -> Result<Option<Table>, Error> {
+        let key = PlacementRecord::key_of(pool);
+        let mut head = self.load::<PlacementRecord>(key.clone()).await?;
+        while let Some(found) = head {
+            let mut parts = Vec::new();
+            for part in 0..found.value.parts() {
+                let key = PlacementPartRecord::key_of(pool, found.value.version, part);
+                parts.extend(self.load::<PlacementPartRecord>(key).await?);
+            }
+            if parts.len() == usize::from(found.value.parts()) {
+                return Table::new(found, parts).map(Some);
+            }
+            // A new table takes the parts of the old one with it.
+            head = self.load::<PlacementRecord>(key.clone()).await?;
+            if head.as_ref().is_some_and(|newer| newer.version == found.version) {
+                return Err(damaged(&found.value, "a part of the table is missing"));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Nodes that partitions may be given to.
+    fn places(&self, nodes: &[Held<NodeRecord>]) -> Vec<Candidate> {
+        let fit = |node: &NodeRecord| {
+            matches!(self.node_state(node), NodeState::Up | NodeState::Suspected)
+        };
+        nodes.iter().map(|node| &node.value).filter(|node| fit(node)).map(candidate).collect()
+    }
+
+    async fn build_table(&self, pool: &PoolRecord) -> Result<(), Error> {
+        let (_, swap) = self.count(Counter::Membership, 1, Swap::new()).await?;
+        if self.load::<PlacementRecord>(PlacementRecord::key_of(pool.id)).await?.is_some() {
+            return Ok(());
         }
         let policy: Policy = pool.policy.parse().map_err(Error::invalid)?;
         let nodes = self.all::<NodeRecord>(&prefix_of(KeyKind::Node)).await?;
-        if nodes.len() < policy.nodes() {
+        let mut candidates = self.places(&nodes);
+        candidates.truncate(TABLE_NODES_MAX);
+        if candidates.len() < policy.nodes() {
             return Err(Error::precondition(
                 format!("pool {:?}", pool.name),
                 format!(
-                    "needs {} nodes for {policy} and {} have registered; start more",
+                    "needs {} nodes for {policy} and {} have registered and are up; start more",
                     policy.nodes(),
-                    nodes.len()
+                    candidates.len()
                 ),
             ));
         }
-        let candidates: Vec<Candidate> = nodes
-            .iter()
-            .take(TABLE_NODES_MAX)
-            .map(|node| Candidate {
-                id: node.value.id.clone(),
-                domain: node.value.failure_domain().to_owned(),
-            })
+        let rows: Vec<Row> = build(&candidates, pool.partitions, policy.nodes())
+            .into_iter()
+            .map(|nodes| Row { nodes, from: Vec::new() })
             .collect();
-        let rows = build(&candidates, pool.partitions, policy.nodes());
         let head = PlacementRecord {
             pool: pool.id,
             version: 1,
@@ -114,46 +219,167 @@ impl VersionManager {
             width: policy.nodes() as u32,
             partitions: pool.partitions,
         };
-        let parts = rows.chunks(PART_ROWS).zip(0..).map(|(rows, part)| PlacementPartRecord {
-            pool: pool.id,
-            version: head.version,
-            part,
-            rows: rows.concat(),
-        });
-        let swap = parts.fold(Swap::new().create(&head), |swap, part| swap.create(&part));
+        let parts = parts_of(&head, &rows);
+        let swap = parts.iter().fold(swap.create(&head), |swap, part| swap.create(part));
         self.store.swap(swap).await?;
-        Ok(head)
+        Ok(())
     }
 
-    async fn table(&self, head: &PlacementRecord) -> Result<v1::PlacementTable, Error> {
-        let damaged = |detail: &str| {
-            let key = head.key();
-            Error::Record(crate::records::RecordError::Damaged { key, detail: detail.to_owned() })
-        };
-        let mut partitions = Vec::with_capacity(head.partitions as usize);
-        for part in 0..head.parts() {
-            let key = PlacementPartRecord::key_of(head.pool, head.version, part);
-            let part = self.load::<PlacementPartRecord>(key).await?;
-            let part = part.ok_or_else(|| damaged("a part of the table is missing"))?;
-            let rows = part.value.rows.chunks(head.width as usize);
-            partitions.extend(rows.map(|row| v1::PartitionNodes { node: row.to_vec() }));
-        }
-        let whole = |row: &v1::PartitionNodes| {
-            row.node.len() == head.width as usize
-                && row.node.iter().all(|node| (*node as usize) < head.nodes.len())
-        };
-        if partitions.len() != head.partitions as usize || !partitions.iter().all(whole) {
-            return Err(damaged("the rows of the table do not fit it"));
-        }
+    async fn wire_table(&self, table: &Table) -> Result<v1::PlacementTable, Error> {
+        let head = &table.head.value;
         let registered = self.all::<NodeRecord>(&prefix_of(KeyKind::Node)).await?;
         let registered: BTreeMap<&str, &NodeRecord> =
             registered.iter().map(|node| (node.value.id.as_str(), &node.value)).collect();
-        let nodes: Option<Vec<v1::Node>> = head
-            .nodes
-            .iter()
-            .map(|id| registered.get(id.as_str()).map(|node| node.to_wire()))
-            .collect();
-        let nodes = nodes.ok_or_else(|| damaged("a node of the table is not registered"))?;
+        let wire = |node: &&NodeRecord| node.to_wire(self.node_state(node));
+        let nodes: Option<Vec<v1::Node>> =
+            head.nodes.iter().map(|id| registered.get(id.as_str()).map(wire)).collect();
+        let nodes = nodes.ok_or_else(|| damaged(head, "a node of the table is not registered"))?;
+        let row = |row: &Row| v1::PartitionNodes {
+            node: row.nodes.clone(),
+            moving_from: row.from.clone(),
+        };
+        let partitions = table.rows.iter().map(row).collect();
         Ok(v1::PlacementTable { pool: head.pool, version: head.version, nodes, partitions })
     }
+
+    /// Whether a pool's table names a node for any partition.
+    pub(super) async fn is_in_use(&self, head: &PlacementRecord, id: &str) -> Result<bool, Error> {
+        let Some(table) = self.table(head.pool).await? else { return Ok(false) };
+        let at = table.head.value.nodes.iter().position(|node| node == id);
+        let Some(at) = at.map(|at| at as u32) else { return Ok(false) };
+        Ok(table.rows.iter().any(|row| row.nodes.contains(&at) || row.from.contains(&at)))
+    }
+
+    /// Gives each pool that has a table a new one when nodes have come, are drained, or have gone
+    /// down. Returns how many tables are new. Any number of servers may do this at once.
+    ///
+    /// # Errors
+    /// When the store cannot; the rest is left for the next time.
+    pub async fn place(&self) -> Result<usize, Error> {
+        let mut new = 0;
+        for head in self.all::<PlacementRecord>(&prefix_of(KeyKind::Placement)).await? {
+            let pool = head.value.pool;
+            let object = format!("the table of the pool with the id {pool}");
+            if until_won!(self, object, self.try_place(pool).await)? {
+                new += 1;
+            }
+        }
+        Ok(new)
+    }
+
+    async fn try_place(&self, pool: u32) -> Result<bool, Error> {
+        let order = self.load::<CounterRecord>(CounterRecord::key_of(Counter::Membership)).await?;
+        let Some(table) = self.table(pool).await? else { return Ok(false) };
+        let nodes = self.all::<NodeRecord>(&prefix_of(KeyKind::Node)).await?;
+        let Some((head, rows)) = next_table(&table, self.places(&nodes)) else { return Ok(false) };
+        let next = CounterRecord {
+            counter: Counter::Membership as u32,
+            given: order.as_ref().map_or(0, |order| order.value.given) + 1,
+        };
+        let swap = match &order {
+            Some(order) => Swap::new().update(order, &next),
+            None => Swap::new().create(&next),
+        };
+        let swap = swap.update(&table.head, &head);
+        let swap = table.parts.iter().fold(swap, |swap, part| swap.remove(part));
+        let swap = parts_of(&head, &rows).iter().fold(swap, |swap, part| swap.create(part));
+        self.store.swap(swap).await?;
+        let moving = rows.iter().filter(|row| !row.from.is_empty()).count();
+        tracing::info!(pool, version = head.version, moving, "a new placement table");
+        Ok(true)
+    }
+
+    /// Everything of a partition has come to its row under the table of that version: what held it
+    /// before is not read any more.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when the pool has no such partition.
+    pub async fn settle_partition(
+        &self,
+        r: v1::SettlePartitionRequest,
+    ) -> Result<v1::SettlePartitionResponse, Error> {
+        let object = format!("partition {} of the pool with the id {}", r.partition, r.pool);
+        let settled = until_won!(self, object, self.try_settle(&r).await)?;
+        Ok(v1::SettlePartitionResponse { settled })
+    }
+
+    async fn try_settle(&self, r: &v1::SettlePartitionRequest) -> Result<bool, Error> {
+        let missing = || {
+            let object = format!("partition {} in the pool with the id {}", r.partition, r.pool);
+            Error::not_found(object, "`blobcr pool list` shows what there is")
+        };
+        let key = PlacementRecord::key_of(r.pool);
+        let head = self.load::<PlacementRecord>(key).await?.ok_or_else(missing)?;
+        if r.partition >= head.value.partitions {
+            return Err(missing());
+        }
+        if head.value.version != r.version {
+            return Ok(false);
+        }
+        // At most 256 parts: see `PlacementRecord::check`.
+        let number = (r.partition as usize / PART_ROWS) as u16;
+        let key = PlacementPartRecord::key_of(r.pool, r.version, number);
+        // Gone, it has been replaced since the head was read.
+        let Some(part) = self.load::<PlacementPartRecord>(key).await? else { return Ok(false) };
+        let mut settled = part.value.clone();
+        settled.moving.retain(|moving| moving.row as usize != r.partition as usize % PART_ROWS);
+        if settled != part.value {
+            self.store.swap(Swap::new().unchanged(&head).update(&part, &settled)).await?;
+        }
+        Ok(true)
+    }
+}
+
+/// The table that follows when those are the nodes to give partitions to; `None` when it would be
+/// the same, or they are too few.
+fn next_table(table: &Table, candidates: Vec<Candidate>) -> Option<(PlacementRecord, Vec<Row>)> {
+    let old = &table.head.value;
+    let used: BTreeSet<u32> =
+        table.rows.iter().flat_map(|row| row.nodes.iter().chain(&row.from)).copied().collect();
+    let used: BTreeSet<&str> = used.iter().map(|at| old.nodes[*at as usize].as_str()).collect();
+    let fit: BTreeSet<&str> = candidates.iter().map(|node| node.id.as_str()).collect();
+    let gone: Vec<String> =
+        used.iter().filter(|id| !fit.contains(**id)).map(|id| (*id).to_owned()).collect();
+    // Those that hold something first: there is room for so many in a table.
+    let (stay, come): (Vec<_>, Vec<_>) =
+        candidates.iter().cloned().partition(|node| used.contains(node.id.as_str()));
+    let room = TABLE_NODES_MAX.saturating_sub(gone.len());
+    let candidates: Vec<Candidate> = stay.into_iter().chain(come).take(room).collect();
+    let mut nodes: Vec<String> = candidates.iter().map(|node| node.id.clone()).collect();
+    nodes.extend(gone);
+    let numbers: BTreeMap<&str, u32> = nodes.iter().map(String::as_str).zip(0..).collect();
+    let renumbered = |at: &u32| numbers.get(old.nodes[*at as usize].as_str()).copied();
+    let fits = |at: &u32| (*at as usize) < candidates.len();
+    let before: Vec<Row> = table
+        .rows
+        .iter()
+        .map(|row| Row {
+            nodes: row.nodes.iter().filter_map(renumbered).collect(),
+            from: row.from.iter().filter_map(renumbered).collect(),
+        })
+        .collect();
+    let rows: Vec<OldRow> = before
+        .iter()
+        .map(|row| OldRow {
+            nodes: row.nodes.iter().map(|at| Some(*at).filter(fits)).collect(),
+            moving: !row.from.is_empty(),
+        })
+        .collect();
+    let next = rebalance(&rows, &candidates, old.width as usize)?;
+    let rows: Vec<Row> = before.iter().zip(next).map(|(old, new)| moved(old, new)).collect();
+    if rows == before {
+        return None;
+    }
+    let head = PlacementRecord { version: old.version + 1, nodes, ..old.clone() };
+    Some((head, rows))
+}
+
+/// A row that follows another: who is not in it any more is still read, until its data has come.
+fn moved(old: &Row, new: Vec<u32>) -> Row {
+    let mut from = old.from.clone();
+    from.extend(&old.nodes);
+    from.retain(|node| !new.contains(node));
+    // Beyond that the first ones, which have the data, and not those that came and went since.
+    from.truncate(POLICY_NODES_MAX);
+    Row { nodes: new, from }
 }

@@ -246,6 +246,7 @@ async fn one_table_is_made_however_many_ask() {
             id: format!("{n:032x}"),
             address: format!("h{n}:1"),
             domain: String::new(),
+            cluster: String::new(),
         };
         f.manager.register_node(r).await.unwrap();
     }

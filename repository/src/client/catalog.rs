@@ -246,6 +246,9 @@ catalog_of! {
     list_pools(v1::ListPoolsRequest) -> v1::ListPoolsResponse, Safe;
     register_node(v1::RegisterNodeRequest) -> v1::Node, Safe;
     list_nodes(v1::ListNodesRequest) -> v1::ListNodesResponse, Safe;
+    drain_node(v1::DrainNodeRequest) -> v1::Node, Safe;
+    remove_node(v1::RemoveNodeRequest) -> v1::Node, Safe;
+    settle_partition(v1::SettlePartitionRequest) -> v1::SettlePartitionResponse, Safe;
     get_placement(v1::PoolRef) -> v1::PlacementTable, Safe;
     report_debt(v1::ReportDebtRequest) -> v1::ReportDebtResponse, Safe;
     list_debt(v1::ListDebtRequest) -> v1::ListDebtResponse, Safe;

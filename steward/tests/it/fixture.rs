@@ -44,6 +44,7 @@ impl Fixture {
         let options = blobcr_metadata::Options {
             clock: Arc::<ManualClock>::clone(&clock),
             entropy: Arc::new(SeededEntropy::new(1)),
+            ..Default::default()
         };
         let service = MetadataService::over(Arc::new(MemoryStore::new()), options);
         // A lease that ran out ends when a test says so.
@@ -69,7 +70,7 @@ impl Fixture {
         let address = serve(router).await;
         let id = store.node_id();
         let domain = id.clone();
-        let request = v1::RegisterNodeRequest { id, address, domain };
+        let request = v1::RegisterNodeRequest { id, address, domain, cluster: String::new() };
         self.service.manager().register_node(request).await.unwrap();
         self.stores.push(store);
         self._dirs.push(dir);

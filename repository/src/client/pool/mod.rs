@@ -212,7 +212,8 @@ impl RemotePool {
         .collect()
     }
 
-    /// The nodes of an object, first choice first, but those last that did not answer lately.
+    /// The nodes to read an object from, first choice first, but those last that did not answer
+    /// lately: its holders, then those that held its partition before, at no place of its row.
     fn choices(
         &self,
         placement: &Placement,
@@ -220,6 +221,11 @@ impl RemotePool {
         id: &Hash,
     ) -> Result<Vec<Holder>, StoreError> {
         let mut holders = self.holders(placement, kind, id)?;
+        let place = placement.holders(id).len();
+        for node in &placement.readers(id)[place..] {
+            let link = self.links.to(&placement.nodes()[*node as usize].address)?;
+            holders.push(Holder { link, place });
+        }
         if holders.len() > 1 {
             holders.sort_by_key(|holder| self.links.is_asked_last(holder.link.address()));
         }

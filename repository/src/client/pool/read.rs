@@ -156,7 +156,7 @@ impl RemotePool {
             let mut race = Race::new(
                 &self.links,
                 self.patience(kind),
-                choices.clone(),
+                choices.iter().filter(|holder| !keys(holder).is_empty()).cloned().collect(),
                 |holder: Holder| async move {
                     let begun = Instant::now();
                     let answer = self.ask_shards(stripe, &holder.link, &keys(&holder)).await;

@@ -34,6 +34,7 @@ async fn register(catalog: &MemoryCatalog, at: usize, node: &TestNode) {
         id: format!("node-{at}"),
         address: node.server.address.to_string(),
         domain: format!("rack-{at}"),
+        cluster: String::new(),
     };
     catalog.register_node(request).await.unwrap();
 }

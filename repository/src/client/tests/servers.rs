@@ -250,6 +250,9 @@ metadata_of! {
     add_to_set(AddToSetRequest) -> CheckpointSet;
     list_sets(ListSetsRequest) -> ListSetsResponse;
     latest_set(LatestSetRequest) -> CheckpointSet;
+    drain_node(DrainNodeRequest) -> Node;
+    remove_node(RemoveNodeRequest) -> Node;
+    settle_partition(SettlePartitionRequest) -> SettlePartitionResponse;
     report_debt(ReportDebtRequest) -> ReportDebtResponse;
     list_debt(ListDebtRequest) -> ListDebtResponse;
     settle_debt(SettleDebtRequest) -> SettleDebtResponse;

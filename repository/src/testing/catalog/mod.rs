@@ -184,6 +184,10 @@ catalog_of! {
     list_pools(ListPoolsRequest) -> ListPoolsResponse: |s, _r| Ok(s.pools.list());
     register_node(RegisterNodeRequest) -> Node: |s, r| Ok(s.pools.register(r));
     list_nodes(ListNodesRequest) -> ListNodesResponse: |s, _r| Ok(s.pools.nodes());
+    drain_node(DrainNodeRequest) -> Node: |s, r| s.pools.drain(&r);
+    remove_node(RemoveNodeRequest) -> Node: |s, r| s.pools.remove(&r);
+    settle_partition(SettlePartitionRequest) -> SettlePartitionResponse:
+        |_s, _r| Ok(v1::SettlePartitionResponse { settled: true });
     get_placement(PoolRef) -> PlacementTable: |s, r| s.pools.placement(&r);
     report_debt(ReportDebtRequest) -> ReportDebtResponse: |s, r| s.debts.report(&r, &s.pools);
     list_debt(ListDebtRequest) -> ListDebtResponse: |s, r| Ok(s.debts.list(&r));

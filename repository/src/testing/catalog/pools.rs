@@ -66,10 +66,42 @@ impl Pools {
     }
 
     pub(super) fn register(&mut self, r: v1::RegisterNodeRequest) -> v1::Node {
-        let v1::RegisterNodeRequest { id, address, domain } = r;
-        let node = v1::Node { id: id.clone(), address, domain, registered_unix_ms: unix_ms() };
+        let v1::RegisterNodeRequest { id, address, domain, cluster } = r;
+        let now = unix_ms();
+        let node = v1::Node {
+            id: id.clone(),
+            address,
+            domain,
+            registered_unix_ms: now,
+            state: v1::NodeState::Up.into(),
+            last_seen_unix_ms: now,
+            draining: false,
+            cluster,
+        };
         self.nodes.insert(id, node.clone());
         node
+    }
+
+    fn node(&mut self, id: &str) -> Answer<&mut v1::Node> {
+        self.nodes.get_mut(id).map_or_else(|| not_found(format!("no node {id}")), Ok)
+    }
+
+    pub(super) fn drain(&mut self, r: &v1::DrainNodeRequest) -> Answer<v1::Node> {
+        let node = self.node(&r.id)?;
+        node.draining = !r.cancel;
+        node.set_state(if r.cancel { v1::NodeState::Up } else { v1::NodeState::Draining });
+        Ok(node.clone())
+    }
+
+    /// Tables do not change here, so a node of one cannot go.
+    pub(super) fn remove(&mut self, r: &v1::RemoveNodeRequest) -> Answer<v1::Node> {
+        let mut node = self.node(&r.id)?.clone();
+        if self.placements.values().any(|nodes| nodes.contains(&r.id)) {
+            return precondition(format!("node {} is in a table", r.id));
+        }
+        self.nodes.remove(&r.id);
+        node.set_state(v1::NodeState::Removed);
+        Ok(node)
     }
 
     pub(super) fn nodes(&self) -> v1::ListNodesResponse {
@@ -94,6 +126,7 @@ impl Pools {
         let ids = &self.placements[&pool.id];
         let partition = |p: u32| v1::PartitionNodes {
             node: (0..width as u32).map(|i| (p + i) % ids.len() as u32).collect(),
+            moving_from: Vec::new(),
         };
         Ok(v1::PlacementTable {
             pool: pool.id,
