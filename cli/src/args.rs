@@ -62,6 +62,18 @@ pub enum Command {
     /// Repository nodes
     #[command(subcommand)]
     Node(NodeCommand),
+    /// Deletes what no snapshot needs any more
+    Gc {
+        /// Tell what would go, and delete nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Reads every copy on every node, and mends what is damaged or missing
+    Scrub {
+        /// Bytes a second to read at most; 0: as fast as it goes
+        #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "0")]
+        rate: u64,
+    },
     /// The state of the repository and of this host's disks
     Status,
     /// Checks what this machine needs, and says how to mend it
@@ -74,6 +86,8 @@ pub enum Command {
     Mirror(MirrorArgs),
     /// The checkpoint channels of a host's VMs (role)
     Proxy(ProxyArgs),
+    /// Garbage collection and scrubbing, now and then (role)
+    Steward(StewardArgs),
 }
 
 impl Command {
@@ -87,6 +101,7 @@ impl Command {
                 | Self::RepoNode(_)
                 | Self::Mirror(_)
                 | Self::Proxy(_)
+                | Self::Steward(_)
         )
     }
 }
@@ -230,6 +245,15 @@ pub enum SnapshotCommand {
         #[arg(value_name = "IMAGE@N", value_parser = parse_snapshot)]
         snapshot: ImageSpec,
     },
+    /// Removes the snapshots of an image that are not to be kept
+    Prune {
+        image: ImageName,
+        #[command(flatten)]
+        keep: Keep,
+        /// Tell what would be removed, and remove nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Keeps a snapshot and its image from being removed
     Pin {
         #[arg(value_name = "IMAGE@N", value_parser = parse_snapshot)]
@@ -248,6 +272,30 @@ pub enum SnapshotCommand {
     },
     /// Lists what is pinned, and by whom: attached disks pin what they need
     Pins,
+}
+
+/// What to keep. Of each period that has snapshots, its newest one counts. The latest snapshot of an
+/// image, and what is pinned, stay in any case.
+#[derive(Debug, Clone, Args)]
+pub struct Keep {
+    /// The newest N snapshots
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub keep_last: u64,
+    /// The newest snapshot of each of the last N hours that have one
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub keep_hourly: u64,
+    /// As --keep-hourly, of days
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub keep_daily: u64,
+    /// As --keep-hourly, of weeks
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub keep_weekly: u64,
+    /// As --keep-hourly, of months
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub keep_monthly: u64,
+    /// As --keep-hourly, of years
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub keep_yearly: u64,
 }
 
 #[derive(Debug, Subcommand)]
@@ -329,6 +377,43 @@ pub struct UpArgs {
     pub node_down_after: Seconds,
     #[command(flatten)]
     pub limits: MirrorLimits,
+    #[command(flatten)]
+    pub schedule: StewardSchedule,
+}
+
+/// When the steward does what.
+#[derive(Debug, Clone, Args)]
+pub struct StewardSchedule {
+    /// From one garbage collection to the next
+    #[arg(long, value_name = "SECONDS", default_value_t = COLLECT_EVERY_S, value_parser = parse_period)]
+    pub collect_every: u64,
+    /// From one scrub to the next
+    #[arg(long, value_name = "SECONDS", default_value_t = SCRUB_EVERY_S, value_parser = parse_period)]
+    pub scrub_every: u64,
+    /// Bytes a second that a scrub reads at most; 0: as fast as it goes
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "64M")]
+    pub scrub_rate: u64,
+}
+
+/// An hour: a collection reads all tree nodes, so it is not for every minute.
+const COLLECT_EVERY_S: u64 = 3600;
+/// A week: damage that is found within it seldom meets a second one.
+const SCRUB_EVERY_S: u64 = 7 * 24 * 3600;
+/// Ten years: what a clock can hold.
+const PERIOD_S_MAX: u64 = 10 * 365 * 24 * 3600;
+
+fn parse_period(text: &str) -> Result<u64, String> {
+    let seconds = text.parse().ok().filter(|seconds| (1..=PERIOD_S_MAX).contains(seconds));
+    seconds.ok_or_else(|| format!("write seconds, from 1 to {PERIOD_S_MAX}"))
+}
+
+#[derive(Debug, Args)]
+pub struct StewardArgs {
+    /// Metadata servers, comma-separated
+    #[arg(long, value_name = "ADDRS", value_delimiter = ',', required = true)]
+    pub metadata: Vec<String>,
+    #[command(flatten)]
+    pub schedule: StewardSchedule,
 }
 
 /// What a mirror may use of its host.
@@ -559,6 +644,10 @@ mod tests {
             "repo-node --listen 127.0.0.1:0 --dir d --metadata a:1,b:2 --domain rack1",
             "mirror --listen 127.0.0.1:0 --dir d --metadata a:1 --mount m",
             "proxy --mirror a:1 --sockets d",
+            "gc --dry-run",
+            "scrub --rate 10M",
+            "snapshot prune base --keep-last 3 --keep-yearly 1 --dry-run",
+            "steward --metadata a:1,b:2 --collect-every 60 --scrub-every 600 --scrub-rate 0",
         ] {
             parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
         }

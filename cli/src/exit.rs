@@ -6,6 +6,7 @@ use blobcr_mirror_fuse::mount::MountError;
 use blobcr_mirror_fuse::{DirectoryError, HostError};
 use blobcr_repository::tree::TreeError;
 use blobcr_repository::{CatalogError, ImportError, ReadError, StoreError};
+use blobcr_steward::{CollectError, ScrubError};
 use tonic::Code;
 
 /// What a script learns from the command's end.
@@ -136,6 +137,21 @@ fn of_read(error: &ReadError) -> Exit {
     }
 }
 
+fn of_collect(error: &CollectError) -> Exit {
+    match error {
+        CollectError::Catalog(error) => of_catalog(error),
+        CollectError::Tree { error, .. } => of_tree(error),
+        CollectError::Root { .. } => Exit::Integrity,
+    }
+}
+
+const fn of_scrub(error: &ScrubError) -> Exit {
+    match error {
+        ScrubError::Catalog(error) => of_catalog(error),
+        ScrubError::Placement { .. } => Exit::Integrity,
+    }
+}
+
 /// `None`: what is deeper in the chain decides.
 const fn of_import(error: &ImportError) -> Option<Exit> {
     match error {
@@ -252,6 +268,8 @@ pub fn code(failure: &anyhow::Error) -> Exit {
                 .or_else(|| error.downcast_ref().map(of_store))
                 .or_else(|| error.downcast_ref().map(of_tree))
                 .or_else(|| error.downcast_ref().map(of_read))
+                .or_else(|| error.downcast_ref().map(of_collect))
+                .or_else(|| error.downcast_ref().map(of_scrub))
                 .or_else(|| error.downcast_ref().and_then(of_import))
                 .or_else(|| error.downcast_ref().and_then(of_metadata))
                 .or_else(|| error.downcast_ref().and_then(of_migration))

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | [`args`] | what the command line may say |
 //! | [`verbs`] | the operator's verbs, one file per noun |
-//! | [`role`] | the processes: `up`, metadata, repo-node, mirror, proxy |
+//! | [`role`] | the processes: `up`, metadata, repo-node, mirror, proxy, steward |
 //! | [`doctor`] | what this machine needs, and how to mend what it lacks |
 //! | [`image_file`] | raw and qcow2 files, in and out |
 //! | [`session`], [`endpoint`] | from `--endpoint` to the roles that a verb needs |
@@ -91,12 +91,15 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Vm(verb) => verbs::vm::run(verb, &open().await?, output).await,
         Command::Pool(verb) => verbs::pool::run(verb, &open().await?, output).await,
         Command::Node(verb) => verbs::node::run(verb, &open().await?, output).await,
+        Command::Gc { dry_run } => Box::pin(verbs::gc::run(&open().await?, dry_run, output)).await,
+        Command::Scrub { rate } => Box::pin(verbs::scrub::run(&open().await?, rate, output)).await,
         Command::Status => verbs::status::run(&open().await?, output).await,
         Command::Doctor(args) => doctor::run(&args, global.endpoint.as_deref(), output).await,
         Command::Proxy(args) => role::proxy::run(args, output).await,
         Command::Metadata(args) => role::metadata::run(args, output).await,
         Command::RepoNode(args) => role::repo_node::run(args, output).await,
         Command::Mirror(args) => Box::pin(role::mirror::run(args, output)).await,
+        Command::Steward(args) => role::steward::run(args, output).await,
         Command::Up(args) => Box::pin(role::up::run(args, output)).await,
     }
 }

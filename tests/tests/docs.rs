@@ -197,6 +197,10 @@ fn every_option_of_a_page_is_in_the_help() {
         "repo-node",
         "mirror",
         "proxy",
+        "steward",
+        "gc",
+        "scrub",
+        "snapshot prune",
         "image import",
         "image export",
         "image clone",
@@ -215,7 +219,7 @@ fn every_option_of_a_page_is_in_the_help() {
         .map(|verb| String::from_utf8(run(&verb.split(' ').collect::<Vec<_>>()).stdout).unwrap())
         .collect();
     let mut seen = BTreeSet::new();
-    for page in ["blobcr", "up", "metadata", "repo-node", "mirror", "proxy"] {
+    for page in ["blobcr", "up", "metadata", "repo-node", "mirror", "proxy", "steward"] {
         let text = &pages()[Path::new(&format!("docs/{page}.md"))];
         for rest in text.split(['`', ' ', '[', '\n']).filter(|word| word.starts_with("--")) {
             let end = rest.find(|c: char| c != '-' && !c.is_ascii_lowercase());

@@ -9,4 +9,5 @@ pub mod mirror;
 pub mod proxy;
 pub mod repo_node;
 pub mod serve;
+pub mod steward;
 pub mod up;

@@ -25,6 +25,7 @@ use super::limits::raise_open_files;
 use super::lock::DirLock;
 use super::repo_node::{RepoNode, keep_registered};
 use super::serve::{Ready, Served, bind};
+use super::steward::Steward;
 use super::{metadata, mirror};
 use crate::args::UpArgs;
 use crate::endpoint::EndpointFile;
@@ -75,6 +76,7 @@ struct Roles {
     registering: tokio::task::JoinSet<()>,
     host: Option<Host>,
     proxy: Option<Proxy>,
+    steward: Option<Steward>,
     services: Vec<Served>,
 }
 
@@ -94,6 +96,7 @@ impl Roles {
             self.start_node(&dir.join("nodes").join(number.to_string()), &repository).await?;
         }
         metadata::ensure_pool(&metadata, args.pool.as_deref()).await?;
+        self.steward = Some(Steward::start(repository.clone(), &args.schedule));
         Ok(repository)
     }
 
@@ -155,6 +158,9 @@ impl Roles {
             && tokio::time::timeout(PROXY_STOP, proxy.stop()).await.is_err()
         {
             tracing::warn!("a request of a VM was still under way");
+        }
+        if let Some(steward) = self.steward.take() {
+            steward.stop().await;
         }
         let mut outcome = Ok(());
         if let Some(host) = self.host.take() {

@@ -1,11 +1,14 @@
 //! The operator's verbs.
 
 pub mod disk;
+pub mod gc;
 mod health;
 pub mod image;
 pub mod node;
 mod pins;
 pub mod pool;
+mod prune;
+pub mod scrub;
 pub mod snapshot;
 pub mod status;
 pub mod vm;

@@ -35,6 +35,9 @@ pub async fn run(
             output.data(&SnapshotView::from(settled), |view| format!("{}\n", view.state))
         }
         SnapshotCommand::Diff { from, to } => differences(&repository, &from, &to, output).await,
+        SnapshotCommand::Prune { image, keep, dry_run } => {
+            super::prune::run(&repository, &image, &keep, dry_run, output).await
+        }
         SnapshotCommand::Verify { snapshot } => verify(&repository, &snapshot, output).await,
         SnapshotCommand::Pin { snapshot, holder } => {
             pins::add(&repository, &snapshot, holder, output).await

@@ -1,0 +1,62 @@
+//! `blobcr steward`: what keeps the repository healthy, while it runs.
+
+use std::time::Duration;
+
+use blobcr_repository::{ConnectOptions, Repository};
+use blobcr_steward::ScrubOptions;
+use blobcr_steward::runner::{Schedule, run as work};
+use serde::Serialize;
+use tokio::task::JoinHandle;
+
+use super::serve::until_stopped;
+use crate::args::{StewardArgs, StewardSchedule};
+use crate::interrupt::Interrupts;
+use crate::output::{Output, say};
+
+/// What the role says on stdout with `--json` when it is ready. It serves at no address.
+#[derive(Debug, Serialize)]
+struct Ready {
+    role: &'static str,
+}
+
+/// Runs the role until it is told to stop.
+///
+/// # Errors
+/// When an address makes no sense.
+pub async fn run(args: StewardArgs, output: Output) -> anyhow::Result<()> {
+    let interrupts = Interrupts::listen()?;
+    let repository = Repository::connect(&args.metadata, ConnectOptions::default()).await?;
+    let steward = Steward::start(repository, &args.schedule);
+    say("steward is ready");
+    output.data(&Ready { role: "steward" }, |_| String::new())?;
+    until_stopped(interrupts, || {}).await?;
+    steward.stop().await;
+    Ok(())
+}
+
+/// A steward at work. It stops when it is dropped; wherever that is, nothing is lost.
+pub(super) struct Steward(JoinHandle<()>);
+
+impl Steward {
+    pub(super) fn start(repository: Repository, schedule: &StewardSchedule) -> Self {
+        let schedule = Schedule {
+            collect_every: Duration::from_secs(schedule.collect_every),
+            scrub_every: Duration::from_secs(schedule.scrub_every),
+            scrub: ScrubOptions { bytes_per_second: schedule.scrub_rate },
+        };
+        Self(tokio::spawn(async move { work(&repository, schedule).await }))
+    }
+
+    /// Returns when it has stopped.
+    pub(super) async fn stop(mut self) {
+        self.0.abort();
+        // Cancelled: nothing else ends it but a panic, which was reported where it happened.
+        drop((&mut self.0).await);
+    }
+}
+
+impl Drop for Steward {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
