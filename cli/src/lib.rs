@@ -96,7 +96,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Status => verbs::status::run(&open().await?, output).await,
         Command::Doctor(args) => doctor::run(&args, global.endpoint.as_deref(), output).await,
         Command::Proxy(args) => role::proxy::run(args, output).await,
-        Command::Metadata(args) => role::metadata::run(args, output).await,
+        Command::Metadata(args) => Box::pin(role::metadata::run(args, output)).await,
         Command::RepoNode(args) => role::repo_node::run(args, output).await,
         Command::Mirror(args) => Box::pin(role::mirror::run(args, output)).await,
         Command::Steward(args) => role::steward::run(args, output).await,
