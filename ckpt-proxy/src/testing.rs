@@ -401,8 +401,6 @@ metadata! {
     acquire_lease: AcquireLeaseRequest => Lease,
     renew_lease: RenewLeaseRequest => Lease,
     release_lease: ReleaseLeaseRequest => ReleaseLeaseResponse,
-    get_collection_bound: CollectionBoundRequest => CollectionBound,
-    list_roots: ListRootsRequest => ListRootsResponse,
     create_pool: CreatePoolRequest => Pool,
     get_pool: PoolRef => Pool,
     list_pools: ListPoolsRequest => ListPoolsResponse,
