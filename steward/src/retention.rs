@@ -94,6 +94,9 @@ impl Verdict {
     }
 }
 
+/// The period that a time, in ms since 1970, falls into.
+type PeriodOf = fn(u64) -> i64;
+
 /// The verdict on each snapshot of an image, newest (by number) first. `latest` is the number of the
 /// image's latest snapshot.
 #[must_use]
@@ -101,7 +104,7 @@ pub fn decide(policy: &Policy, snapshots: &[Candidate], latest: u64) -> Vec<Verd
     let mut newest_first = snapshots.to_vec();
     newest_first.sort_unstable_by_key(|snapshot| std::cmp::Reverse(snapshot.number));
     newest_first.dedup_by_key(|snapshot| snapshot.number);
-    let periods: [(u64, Reason, fn(u64) -> i64); 5] = [
+    let periods: [(u64, Reason, PeriodOf); 5] = [
         (policy.hourly, Reason::Hourly, hour),
         (policy.daily, Reason::Daily, day),
         (policy.weekly, Reason::Weekly, week),

@@ -1,7 +1,5 @@
 //! `blobcr gc`, `scrub` and `snapshot prune` against a real `blobcr up`.
 
-#![expect(clippy::unwrap_used, reason = "a failure in a test is a failed test")]
-
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 

@@ -9,6 +9,7 @@
 //! it lists, it sees one of the two, because records of snapshots never go.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use blobcr_proto::v1;
 use blobcr_proto::v1::SnapshotState;
@@ -69,13 +70,15 @@ impl VersionManager {
                 _ => false,
             };
             let Some(root) = snapshot.value.root.filter(|_| live) else { continue };
-            if !images.contains_key(&image_id) {
-                let image = self.load::<ImageRecord>(ImageRecord::key_of(image_id)).await?;
-                let unknown = || Error::not_found(format!("image with the id {image_id}"), LOST);
-                let image = image.ok_or_else(unknown)?.value;
-                images.insert(image_id, (image.name, image.pool));
-            }
-            let (image, pool) = images[&image_id].clone();
+            let (image, pool) = match images.entry(image_id) {
+                Entry::Occupied(known) => known.get().clone(),
+                Entry::Vacant(unknown) => {
+                    let image = self.load::<ImageRecord>(ImageRecord::key_of(image_id)).await?;
+                    let lost = || Error::not_found(format!("image with the id {image_id}"), LOST);
+                    let image = image.ok_or_else(lost)?.value;
+                    unknown.insert((image.name, image.pool)).clone()
+                }
+            };
             roots.push(v1::LiveRoot { image_id, image, number, pool, root: Some(root) });
         }
         Ok(v1::ListRootsResponse { roots, next })
