@@ -34,6 +34,7 @@ pub(crate) struct Fixture {
     pub(crate) service: MetadataService,
     pub(crate) clock: Arc<ManualClock>,
     pub(crate) stores: Vec<Arc<ChunkStore>>,
+    nodes: Vec<v1::RegisterNodeRequest>,
     address: String,
     _dirs: Vec<tempfile::TempDir>,
 }
@@ -53,7 +54,14 @@ impl Fixture {
         let router = tonic::transport::Server::builder()
             .add_service(blobcr_metadata::service(service.clone()));
         let address = serve(router).await;
-        let mut fixture = Self { service, clock, stores: Vec::new(), address, _dirs: Vec::new() };
+        let mut fixture = Self {
+            service,
+            clock,
+            stores: Vec::new(),
+            nodes: Vec::new(),
+            address,
+            _dirs: Vec::new(),
+        };
         for _ in 0..nodes {
             fixture.add_node().await;
         }
@@ -71,9 +79,17 @@ impl Fixture {
         let id = store.node_id();
         let domain = id.clone();
         let request = v1::RegisterNodeRequest { id, address, domain, cluster: String::new() };
-        self.service.manager().register_node(request).await.unwrap();
+        self.nodes.push(request);
+        self.nodes_are_there().await;
         self.stores.push(store);
         self._dirs.push(dir);
+    }
+
+    /// As each node says every few seconds.
+    async fn nodes_are_there(&self) {
+        for node in &self.nodes {
+            self.service.manager().register_node(node.clone()).await.unwrap();
+        }
     }
 
     fn catalog(&self) -> Arc<dyn Catalog> {
@@ -134,6 +150,7 @@ impl Fixture {
     /// The writers of all leases die.
     pub(crate) async fn end_leases(&self) {
         self.clock.advance_ms(1_000_000);
+        self.nodes_are_there().await;
         self.service.manager().expire_leases().await.unwrap();
     }
 
