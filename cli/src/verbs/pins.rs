@@ -1,7 +1,7 @@
 //! `blobcr snapshot pin`, `unpin`, `pins`: who needs which snapshot.
 
 use blobcr_proto::{ImageSpec, v1};
-use blobcr_repository::Repository;
+use blobcr_repository::{CatalogError, Repository};
 
 use super::snapshot_ref;
 use crate::output::{Column, Output, or_dash, table};
@@ -41,18 +41,23 @@ pub(super) async fn remove(
     output.data(&view, |_| String::new())
 }
 
-pub(super) async fn list(repository: &Repository, output: Output) -> anyhow::Result<()> {
-    let mut views: Vec<PinView> = Vec::new();
+/// Every pin of the repository.
+pub(super) async fn all(repository: &Repository) -> Result<Vec<v1::Pin>, CatalogError> {
+    let mut pins = Vec::new();
     let mut after = None;
     loop {
         let request = v1::ListPinsRequest { after, ..v1::ListPinsRequest::default() };
         let page = repository.catalog().list_pins(request).await?;
-        views.extend(page.pins.into_iter().map(PinView::from));
+        pins.extend(page.pins);
         after = page.next;
         if after.is_none() {
-            break;
+            return Ok(pins);
         }
     }
+}
+
+pub(super) async fn list(repository: &Repository, output: Output) -> anyhow::Result<()> {
+    let views: Vec<PinView> = all(repository).await?.into_iter().map(PinView::from).collect();
     output.data(&views, |views| {
         let columns = [Column::Text("SNAPSHOT"), Column::Text("HOLDER"), Column::Text("SINCE")];
         let row = |view: &PinView| {

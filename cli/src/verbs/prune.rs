@@ -8,7 +8,7 @@ use blobcr_steward::retention::decide;
 use blobcr_steward::{Candidate, Policy};
 use serde::Serialize;
 
-use super::image_ref;
+use super::{image_ref, pins};
 use crate::args::Keep;
 use crate::exit::{Exit, Refusal};
 use crate::output::{Column, Output, or_dash, table};
@@ -105,18 +105,8 @@ async fn candidates(
 }
 
 async fn pinned(repository: &Repository, image_id: u64) -> Result<HashSet<u64>, CatalogError> {
-    let mut pinned = HashSet::new();
-    let mut after = None;
-    loop {
-        let request = v1::ListPinsRequest { after, ..v1::ListPinsRequest::default() };
-        let page = repository.catalog().list_pins(request).await?;
-        let of_image = page.pins.iter().filter(|pin| pin.image_id == image_id);
-        pinned.extend(of_image.map(|pin| pin.number));
-        after = page.next;
-        if after.is_none() {
-            return Ok(pinned);
-        }
-    }
+    let pins = pins::all(repository).await?;
+    Ok(pins.iter().filter(|pin| pin.image_id == image_id).map(|pin| pin.number).collect())
 }
 
 async fn remove(
