@@ -51,7 +51,11 @@ pub fn checked_address(text: &str) -> Result<String, Refusal> {
         !host.is_empty() && !bare_v6 && port.parse::<u16>().is_ok()
     });
     let uri = format!("http://{text}").parse::<tonic::transport::Uri>();
-    if !valid || uri.is_err() {
+    // With anything behind the port, the rest would be dropped or dialled wrongly.
+    let whole = uri.is_ok_and(|uri| {
+        uri.port().is_some() && uri.authority().is_some_and(|authority| authority.as_str() == text)
+    });
+    if !valid || !whole {
         return Err(Refusal::new(
             Exit::Usage,
             format!(
@@ -165,8 +169,10 @@ mod tests {
         drop(file);
         assert_eq!(resolve(Some(name)).unwrap_err().exit, Exit::Unavailable);
 
-        fs::write(path_in(dir.path()), "rubbish").unwrap();
-        assert_eq!(resolve(Some(name)).unwrap_err().exit, Exit::Other);
+        for rubbish in ["rubbish", "host/path:5", "host?query:5", "host:+5", "a\nb:5"] {
+            fs::write(path_in(dir.path()), rubbish).unwrap();
+            assert_eq!(resolve(Some(name)).unwrap_err().exit, Exit::Other, "{rubbish:?}");
+        }
         EndpointFile::remove_stale(dir.path()).unwrap();
         EndpointFile::remove_stale(dir.path()).unwrap();
     }

@@ -143,6 +143,8 @@ mod tests {
             out.iter().map(|b| format!("{b:02x}")).collect::<String>(),
             include_str!("../golden/frame-v1.hex").trim()
         );
+        let frame = Frame { request_id: 7, body: Bytes::from_static(b"hi") };
+        assert_eq!(decode(&mut out), Decoded::Frame(frame));
     }
 
     #[test]

@@ -299,6 +299,13 @@ mod tests {
         file.extend(encode(&id, b"sixteen bytes!!!"));
         let hex: String = file.iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(hex, include_str!("../../golden/nodes-v1.hex").trim());
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("nodes.young"), &file).unwrap();
+        let mut found = Vec::new();
+        let good = scan(&File::open(dir.path().join("nodes.young")).unwrap(), |id, at, len| {
+            found.push((id, at, len));
+        });
+        assert_eq!((good.unwrap(), found), (file.len() as u64, vec![(id, 48, 16)]));
     }
 
     #[test]

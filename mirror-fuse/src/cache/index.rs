@@ -124,6 +124,7 @@ mod tests {
         );
         let id = Hash(std::array::from_fn(|i| i as u8));
         assert_eq!(hex(&encode(7, &id)), include_str!("../../golden/cache-entry-v1.hex").trim());
+        assert_eq!(decode(7, &encode(7, &id)), Some(id));
     }
 
     #[test]

@@ -5,9 +5,14 @@
 //! rest of the page cache. They count only in the boot that they name, or after a clean stop;
 //! after a host crash everything they tell is either rebuilt or given up.
 
+use blobcr_proto::Hash;
 use blobcr_proto::v1::TreeRoot;
 
-use super::frame::{self, Kind};
+use super::KEY_BYTES_MAX;
+use super::frame::{self, COUNTER_MAX, Kind};
+
+/// Bytes of a boot id at most: the kernel's have 36.
+const BOOT_ID_BYTES_MAX: usize = 64;
 
 /// Versions: 1, the first.
 const KIND: Kind = Kind { magic: *b"BCDF", version: 1 };
@@ -84,7 +89,16 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Facts, String> {
         && facts.pending.iter().all(|pending| pending.first <= pending.last)
         && facts.pending.windows(2).all(|pair| pair[0].last < pair[1].first)
         && facts.pending.last().is_none_or(|newest| newest.last < facts.first);
-    if ordered { Ok(facts) } else { Err("its epochs are out of order".into()) }
+    if !ordered {
+        return Err("its epochs are out of order".into());
+    }
+    // They are written again, into a page, and counted on.
+    let counters = [facts.seq, facts.epoch, facts.next_number];
+    let bounded = counters.iter().all(|counter| *counter <= COUNTER_MAX)
+        && facts.boot_id.len() <= BOOT_ID_BYTES_MAX
+        && facts.answer.as_ref().is_none_or(|answer| answer.key.len() <= KEY_BYTES_MAX)
+        && facts.stable_root.as_ref().is_none_or(|root| root.node.len() <= Hash::LEN);
+    if bounded { Ok(facts) } else { Err("it holds more than any disk comes to".into()) }
 }
 
 #[cfg(test)]
@@ -121,6 +135,32 @@ mod tests {
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(hex, include_str!("golden/facts-v1.hex").trim());
         assert_eq!(decode(&bytes), Ok(facts));
+    }
+
+    #[test]
+    fn facts_that_cannot_be_written_again_are_refused() {
+        let answer = |len| Some(Answer { key: "k".repeat(len), ..Answer::default() });
+        let root = |len| Some(TreeRoot { node: vec![7; len].into(), ..TreeRoot::default() });
+        let most = Facts {
+            seq: COUNTER_MAX,
+            epoch: COUNTER_MAX,
+            next_number: COUNTER_MAX,
+            boot_id: "b".repeat(BOOT_ID_BYTES_MAX),
+            stable_root: root(Hash::LEN),
+            answer: answer(KEY_BYTES_MAX),
+            ..Facts::default()
+        };
+        assert_eq!(decode(&encode(&most)).as_ref(), Ok(&most));
+        for bad in [
+            Facts { seq: u64::MAX, ..most.clone() },
+            Facts { epoch: u64::MAX, ..most.clone() },
+            Facts { next_number: u64::MAX, ..most.clone() },
+            Facts { boot_id: "b".repeat(4000), ..most.clone() },
+            Facts { stable_root: root(4000), ..most.clone() },
+            Facts { answer: answer(4000), ..most.clone() },
+        ] {
+            assert!(decode(&encode(&bad)).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

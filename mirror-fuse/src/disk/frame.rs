@@ -17,6 +17,10 @@ use prost::Message;
 const HEADER_BYTES: usize = 16;
 const CRC_AT: usize = 12;
 
+/// The greatest counter that a record may hold. They are counted up one by one, and shifted by a bit
+/// for marks: none that was counted comes near it.
+pub(super) const COUNTER_MAX: u64 = u64::MAX / 4;
+
 /// A kind of record.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Kind {

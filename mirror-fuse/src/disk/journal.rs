@@ -308,6 +308,8 @@ mod tests {
         let (head, batch) = (&whole[..80], &whole[HEAD_BYTES as usize..]);
         let hex: String = [head, batch].concat().iter().map(|b| format!("{b:02x}")).collect();
         assert_eq!(hex, include_str!("golden/journal-v1.hex").trim());
+        let (_, seen) = read(&path).unwrap();
+        assert_eq!(seen.into_iter().collect::<Vec<_>>(), [(1, 3), (700, u64::MAX)]);
     }
 
     #[test]

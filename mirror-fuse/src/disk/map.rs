@@ -346,6 +346,8 @@ const fn bit_range(first: usize, count: usize) -> u64 {
 }
 
 #[cfg(test)]
+mod golden;
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::disk::HostFiles;

@@ -108,6 +108,11 @@ pub(super) fn open(dir: &Path, deps: DiskDeps) -> Result<Start, DiskError> {
     let common = Common::new(dir, &spec, Arc::clone(&files), deps)?;
     let state = StateFile::open(&files, &dir.join(STATE))?;
     let durable = state.get();
+    // Before anything is removed for what it says.
+    common
+        .shape
+        .check_root(&durable.source.root)
+        .map_err(|detail| files.damaged(Which::State, detail))?;
     common
         .remove_other_generations(durable.generation)
         .map_err(|error| files.error(Which::Directory, "clean up", error))?;
@@ -140,7 +145,9 @@ fn open_generation(common: &Common, durable: &Durable) -> Result<Generation, Dis
     };
     let believed = map.and_then(|map| {
         let facts = map.facts()?;
-        (durable.clean || facts.boot_id == *boot_id).then_some((map, facts))
+        let known = facts.stable_root.as_ref();
+        let fits = known.is_none_or(|root| common.shape.check_root(root).is_ok());
+        (fits && (durable.clean || facts.boot_id == *boot_id)).then_some((map, facts))
     });
     let source = durable.source.clone();
     let Some((map, mut facts)) = believed else {
@@ -237,6 +244,25 @@ mod tests {
     use super::*;
     use crate::disk::tests::support::{CHUNK, World, deps, pattern, spec_of};
     use crate::disk::{Disk, FileIo, HostFiles};
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_state_with_a_tree_that_cannot_be_below_the_disk_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let dir = directory.path().join("disk");
+        let world = World::new();
+        let size = 5 * CHUNK as u64;
+        let spec = spec_of("disk", world.image("base", &pattern(1, size as usize)), size);
+        let deps = deps(&world, (16, 16), "boot");
+        Disk::create(&dir, spec, deps.clone()).unwrap().shutdown().await.unwrap();
+        let files = Files::new("disk".into(), Arc::new(HostFiles));
+        let state = StateFile::open(&files, &dir.join(STATE)).unwrap();
+        // Its chunks are larger than those that a disk of this shape would read.
+        state.update(|facts| facts.source.root.chunk_size *= 2).unwrap();
+        let refused = Disk::open(&dir, deps.clone()).err().unwrap();
+        assert!(matches!(refused, DiskError::Damaged { .. }), "{refused}");
+        state.update(|facts| facts.source.root.chunk_size /= 2).unwrap();
+        Disk::open(&dir, deps).unwrap();
+    }
 
     /// A process that may not have as many files open as it needs, for a moment.
     #[derive(Default)]

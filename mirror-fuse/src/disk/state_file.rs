@@ -9,8 +9,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use blobcr_proto::Hash;
+use blobcr_proto::name::NAME_BYTES_MAX;
+
 use super::files::Files;
-use super::frame::{self, Kind};
+use super::frame::{self, COUNTER_MAX, Kind};
 use super::io::Which;
 use super::record::StoredSource;
 use super::upstreams::Source;
@@ -164,6 +167,15 @@ pub(super) fn decode(bytes: &[u8]) -> Result<(u64, Durable), String> {
         last_stable: stored.last_stable,
         clean: stored.clean,
     };
+    // They are written again, into a page, and counted on.
+    let counters = [stored.seq, facts.generation, facts.reserved_until];
+    let names = [Some(&facts.source.image), facts.checkpoint.as_ref().map(|image| &image.name)];
+    let bounded = counters.iter().all(|counter| *counter <= COUNTER_MAX)
+        && names.iter().flatten().all(|name| name.len() <= NAME_BYTES_MAX)
+        && facts.source.root.node.len() <= Hash::LEN;
+    if !bounded {
+        return Err("it holds more than any disk comes to".into());
+    }
     Ok((stored.seq, facts))
 }
 
@@ -201,6 +213,27 @@ mod tests {
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(hex, include_str!("golden/state-v1.hex").trim());
         assert_eq!(decode(&bytes), Ok((5, sample())));
+    }
+
+    #[test]
+    fn facts_that_cannot_be_written_again_are_refused() {
+        let image = |len| Some(CheckpointImage { name: "n".repeat(len), id: 1 });
+        let with_node = |len| {
+            let mut facts = sample();
+            facts.source.root.node = vec![7; len].into();
+            facts
+        };
+        let longest = Durable { checkpoint: image(NAME_BYTES_MAX), ..sample() };
+        assert_eq!(decode(&encode(COUNTER_MAX, &longest)), Ok((COUNTER_MAX, longest)));
+        for (seq, bad) in [
+            (u64::MAX, sample()),
+            (1, Durable { reserved_until: u64::MAX, ..sample() }),
+            (1, Durable { generation: u64::MAX, ..sample() }),
+            (1, Durable { checkpoint: image(3900), ..sample() }),
+            (1, with_node(3900)),
+        ] {
+            assert!(decode(&encode(seq, &bad)).is_err(), "{seq} {bad:?}");
+        }
     }
 
     #[test]

@@ -33,9 +33,23 @@ fn record(input: &[u8]) {
         };
     }
     of_kind!(
-        CounterRecord, ImageRecord, ImageNameRecord, SnapshotRecord, SetRecord, SetVmRecord,
-        PoolRecord, PoolNameRecord, NodeRecord, PlacementRecord, PlacementPartRecord, LeaseRecord,
-        LeaseWorkRecord, RemovalRecord, DebtRecord, ClusterRecord, PinRecord
+        CounterRecord,
+        ImageRecord,
+        ImageNameRecord,
+        SnapshotRecord,
+        SetRecord,
+        SetVmRecord,
+        PoolRecord,
+        PoolNameRecord,
+        NodeRecord,
+        PlacementRecord,
+        PlacementPartRecord,
+        LeaseRecord,
+        LeaseWorkRecord,
+        RemovalRecord,
+        DebtRecord,
+        ClusterRecord,
+        PinRecord
     );
 }
 

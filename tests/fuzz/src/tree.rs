@@ -107,9 +107,8 @@ fn hostile_nodes(input: &mut Input<'_>, geometry: &Geometry) -> Nodes {
     for name in 0..input.u8() % 32 {
         let (level, count) = (input.u8() % 12, input.u8() % 16);
         let slots = geometry.fan_out.slots();
-        let children: BTreeMap<usize, Hash> = (0..count)
-            .map(|_| (usize::from(input.u16()) % slots, named(input.u8())))
-            .collect();
+        let children: BTreeMap<usize, Hash> =
+            (0..count).map(|_| (usize::from(input.u16()) % slots, named(input.u8()))).collect();
         let children: Vec<(usize, Hash)> = children.into_iter().collect();
         nodes.0.insert(named(name), encoded(geometry, level, &children).into());
     }
@@ -189,8 +188,7 @@ fn walk_seeds() -> Vec<Vec<u8>> {
         0, 9, 1, 0, 8, 0, 1, 0, 0, 7, 0, 6, 0, 2, 4, 0, 9, 0, 0, 0,
     ];
     // One level, fan-out 64.
-    let wide: &[u8] =
-        &[40, 0, 5, 0, 0, 1, 0, 3, 1, 0, 9, 7, 0, 8, 39, 0, 7, 0, 60, 0, 1, 50, 0, 3];
+    let wide: &[u8] = &[40, 0, 5, 0, 0, 1, 0, 3, 1, 0, 9, 7, 0, 8, 39, 0, 7, 0, 60, 0, 1, 50, 0, 3];
     vec![small.to_vec(), wide.to_vec()]
 }
 
@@ -205,9 +203,21 @@ fn shards(input: &[u8]) {
     let edits: Vec<_> = (0..edits).map(|_| (input.u8(), input.u16(), input.u8())).collect();
     let plain = input.0;
     let record = match codec % 2 {
-        0 => whole(RecordKind::Chunk, Hash::of(plain), Codec::Plain, plain.len(), input.0.to_vec().into()),
+        0 => whole(
+            RecordKind::Chunk,
+            Hash::of(plain),
+            Codec::Plain,
+            plain.len(),
+            input.0.to_vec().into(),
+        ),
         // Never decoded here: any codec's payload is cut alike.
-        _ => whole(RecordKind::TreeNode, Hash::of(plain), Codec::Zstd, 70_000, input.0.to_vec().into()),
+        _ => whole(
+            RecordKind::TreeNode,
+            Hash::of(plain),
+            Codec::Zstd,
+            70_000,
+            input.0.to_vec().into(),
+        ),
     };
     let mut cut = stripe.cut(&record).expect("it is whole");
     for (shard, at, flip) in &edits {
@@ -220,8 +230,7 @@ fn shards(input: &[u8]) {
         shard.payload = payload.into();
     }
     let opened: Vec<Shard> = cut.iter().filter_map(|shard| stripe.open(shard).ok()).collect();
-    let chosen: Vec<&Shard> =
-        opened.iter().filter(|shard| mask >> shard.number & 1 == 1).collect();
+    let chosen: Vec<&Shard> = opened.iter().filter(|shard| mask >> shard.number & 1 == 1).collect();
     let Ok(joined) = stripe.join(&chosen) else {
         let enough = chosen.len() >= stripe.needed();
         assert!(!enough || edits.iter().any(|(.., flip)| *flip != 0), "sound shards do not fit");

@@ -227,14 +227,50 @@ macro_rules! messages {
 }
 
 messages!(
-    ChannelRequest, ChannelReply, Record, TreeRoot, PlacementTable, PutRequest, GetResponse,
-    TouchRequest, DeleteRequest, ListRequest, ListResponse, NodeStatus, Snapshot, Pin, Pool, Node,
-    Lease, CheckpointSet, CreateImageRequest, CloneImageResponse, BeginSnapshotRequest,
-    PublishSnapshotRequest, FailSnapshotRequest, ListSnapshotsResponse, PinSnapshotRequest,
-    ListPinsResponse, ListRootsResponse, AcquireLeaseRequest, CreatePoolRequest,
-    RegisterNodeRequest, SettlePartitionRequest, ReportDebtRequest, Debt, AddToSetRequest,
-    Description, Disk, AttachDiskRequest, CheckpointDisksRequest, CheckpointDisksResponse,
-    CheckpointReply, WaitStableRequest, WaitStableReply, VmStatusReply, AddVmRequest,
+    ChannelRequest,
+    ChannelReply,
+    Record,
+    TreeRoot,
+    PlacementTable,
+    PutRequest,
+    GetResponse,
+    TouchRequest,
+    DeleteRequest,
+    ListRequest,
+    ListResponse,
+    NodeStatus,
+    Snapshot,
+    Pin,
+    Pool,
+    Node,
+    Lease,
+    CheckpointSet,
+    CreateImageRequest,
+    CloneImageResponse,
+    BeginSnapshotRequest,
+    PublishSnapshotRequest,
+    FailSnapshotRequest,
+    ListSnapshotsResponse,
+    PinSnapshotRequest,
+    ListPinsResponse,
+    ListRootsResponse,
+    AcquireLeaseRequest,
+    CreatePoolRequest,
+    RegisterNodeRequest,
+    SettlePartitionRequest,
+    ReportDebtRequest,
+    Debt,
+    AddToSetRequest,
+    Description,
+    Disk,
+    AttachDiskRequest,
+    CheckpointDisksRequest,
+    CheckpointDisksResponse,
+    CheckpointReply,
+    WaitStableRequest,
+    WaitStableReply,
+    VmStatusReply,
+    AddVmRequest,
 );
 
 fn messages(input: &[u8]) {
@@ -261,8 +297,7 @@ fn message_seeds() -> Vec<Vec<u8>> {
         ..v1::Snapshot::default()
     };
     let reply = v1::WaitStableReply { snapshots: vec![snapshot] };
-    let reply =
-        v1::ChannelReply { reply: Some(v1::channel_reply::Reply::WaitStable(reply)) };
+    let reply = v1::ChannelReply { reply: Some(v1::channel_reply::Reply::WaitStable(reply)) };
     (0..MESSAGE.len() as u8).map(|n| joined(&[&[n], &reply.encode_to_vec()])).collect()
 }
 

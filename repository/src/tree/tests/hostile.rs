@@ -37,14 +37,16 @@ fn golden_nodes_of_version_1() {
     let one = Hash(*b"the first child, of 32 bytes.  1");
     let two = Hash(*b"the other child, of 32 bytes.  2");
     let golden = |bytes: &Bytes, file: &str| assert_eq!(hex(bytes), file.trim());
-    golden(
-        &encode(&geometry(4, 2), 1, &[(1, one)]),
-        include_str!("../../../golden/tree-node-v1-fan-out-2.hex"),
-    );
-    golden(
-        &encode(&geometry(64, 64), 0, &[(0, one), (63, two)]),
-        include_str!("../../../golden/tree-node-v1-fan-out-64.hex"),
-    );
+    let node = |geometry: &Geometry, level, children: &[(usize, Hash)], file: &str| {
+        let bytes = encode(geometry, level, children);
+        golden(&bytes, file);
+        let node = Node::decode(bytes, geometry, level).unwrap();
+        assert!(node.children().eq(children.iter().copied()));
+    };
+    let narrow = include_str!("../../../golden/tree-node-v1-fan-out-2.hex");
+    node(&geometry(4, 2), 1, &[(1, one)], narrow);
+    let wide = include_str!("../../../golden/tree-node-v1-fan-out-64.hex");
+    node(&geometry(64, 64), 0, &[(0, one), (63, two)], wide);
     // And a whole disk's root, over nodes and chunks: the identities that others have stored.
     let chunks: BTreeMap<u64, Hash> = (0..200).map(|i| (i * i, content(i))).collect();
     let root = Nodes::default().build(geometry(200 * 200, 64), &chunks);

@@ -164,8 +164,10 @@ fn template() -> &'static Files {
                 disk.flush().expect("a file system in memory does not fail");
             }
             disk.write(2 * CHUNK, vec![WRITTEN; 4096].into()).await.expect("there is room");
-            let read = |name| (name, std::fs::read(dir.join(name)).expect("a disk has all files"));
-            let files = NAMES.into_iter().map(read).collect();
+            let read = |name: &'static str| {
+                (name, std::fs::read(dir.join(name)).expect("a disk has all files"))
+            };
+            let files: Files = NAMES.into_iter().map(read).collect();
             disk.shutdown().await.expect("a file system in memory does not fail");
             files
         })

@@ -26,22 +26,29 @@ const JOURNAL_FILE: &str = include_str!("../../../../mirror-fuse/src/disk/golden
 /// was read is written so that it is read the same.
 pub const FILES: Target = Target { check: files, seeds: file_seeds };
 
+/// Reads a file, and gives what it read as it would be written.
+type Again = fn(&[u8]) -> Option<Vec<u8>>;
+
+const IDENTITY: u8 = 3;
+const KINDS: [(Again, &[u8; 4]); 4] = [
+    (fuzzing::record, b"BCDR"),
+    (fuzzing::state, b"BCDS"),
+    (fuzzing::volatile_facts, b"BCDF"),
+    (fuzzing::identity, b"BCMI"),
+];
+
 fn files(input: &[u8]) {
     let mut input = Input(input);
-    let (flags, which) = (input.u8(), input.u8());
+    let (flags, which) = (input.u8(), input.u8() % 4);
     let mut bytes = input.0.to_vec();
-    let (again, magic): (fn(&[u8]) -> Option<Vec<u8>>, _) = match which % 4 {
-        0 => (fuzzing::record, b"BCDR"),
-        1 => (fuzzing::state, b"BCDS"),
-        2 => (fuzzing::volatile_facts, b"BCDF"),
-        _ => (fuzzing::identity, b"BCMI"),
-    };
-    if flags & 1 != 0 {
-        match which % 4 {
-            3 => seal::identity(&mut bytes),
-            _ => bytes = joined(&[&[0; 16], &bytes]),
+    let (again, magic) = KINDS[usize::from(which)];
+    match (flags & 1, which) {
+        (0, _) => {}
+        (_, IDENTITY) => seal::identity(&mut bytes),
+        _ => {
+            bytes = joined(&[&[0; 16], &bytes]);
+            seal::frame(&mut bytes, magic);
         }
-        seal::frame(&mut bytes, magic);
     }
     let Some(written) = again(&bytes) else { return };
     assert_eq!(again(&written).as_ref(), Some(&written));
@@ -54,7 +61,7 @@ fn file_seeds() -> Vec<Vec<u8>> {
         .zip(0u8..)
         .flat_map(|(golden, which)| {
             let golden = hex(golden);
-            let body = if which == 3 { &golden[..] } else { &golden[16..] };
+            let body = if which == IDENTITY { &golden[..] } else { &golden[16..] };
             [joined(&[&[0, which], &golden]), joined(&[&[1, which], body])]
         })
         .collect()
@@ -69,11 +76,8 @@ const JOURNAL_HEAD: usize = 4096;
 fn journal(input: &[u8]) {
     let mut input = Input(input);
     let (flags, words) = (input.u8(), usize::from(input.u8()) % 16 + 1);
-    let mut bytes = if flags & 2 != 0 {
-        input.0.to_vec()
-    } else {
-        joined(&[&[0; JOURNAL_HEAD], input.0])
-    };
+    let mut bytes =
+        if flags & 2 != 0 { input.0.to_vec() } else { joined(&[&[0; JOURNAL_HEAD], input.0]) };
     if flags & 1 != 0 {
         seal::frame_of(&mut bytes, b"BCDJ", 0);
         seal::batches(&mut bytes, words, flags & 4 != 0);
@@ -238,8 +242,7 @@ fn ioctl(input: &[u8]) {
     }
     let Ok(text) = std::str::from_utf8(input.0) else { return };
     let state = SnapshotState::Stable;
-    let numbers = (u64::from(command), u64::from(flags));
-    let (number, image_id) = numbers;
+    let (number, image_id) = (u64::from(command), u64::from(flags));
     let (dirty_bytes, downtime_ns, image) = (1, 2, text);
     let commit = CommitReply { state, number, image_id, dirty_bytes, downtime_ns, image }.encode();
     assert_eq!(commit.len(), (COMMIT >> 16 & 0x3fff) as usize);

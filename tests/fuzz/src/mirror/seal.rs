@@ -16,9 +16,6 @@ pub(super) fn frame(bytes: &mut [u8], magic: &[u8; 4]) {
 /// As [`frame`], with a body of `len` bytes.
 pub(super) fn frame_of(bytes: &mut [u8], magic: &[u8; 4], len: usize) {
     let Some(frame) = bytes.get_mut(..FRAME_HEADER + len) else { return };
-    if magic == b"BCMI" {
-        return;
-    }
     frame[..4].copy_from_slice(magic);
     frame[4..8].copy_from_slice(&1u32.to_le_bytes());
     frame[8..12].copy_from_slice(&(len as u32).to_le_bytes());
@@ -31,7 +28,8 @@ pub(super) fn frame_at(bytes: &mut [u8], at: usize, magic: &[u8; 4]) {
     let Some(frame) = bytes.get_mut(at..) else { return };
     let Some(len) = frame.get(8..12) else { return };
     let len = u32::from_le_bytes([len[0], len[1], len[2], len[3]]) as usize;
-    frame_of(frame, magic, len.min(frame.len().saturating_sub(FRAME_HEADER)));
+    let len = len.min(frame.len().saturating_sub(FRAME_HEADER));
+    frame_of(frame, magic, len);
 }
 
 /// magic 4 · version 4 · identity 16 · CRC 4.
