@@ -82,9 +82,17 @@ do_soak() {
   exec target/release/blobcr-soak "$@"
 }
 
+# node-soak [MINUTES] [--pool replica:3|ec:4+2]   Nodes killed at random, one wiped, under a verified load
+do_node-soak() {
+  step "Install what is missing"
+  tests/setup.sh
+  cargo build --release --locked -p blobcr-cli -p blobcr-tests --bins
+  exec target/release/blobcr-node-soak "$@"
+}
+
 # help           This list
 do_help() {
-  sed -n '/^# \([a-z]\+\) .*/{s/^# /  .\/do /;p}' "$0"
+  sed -n '/^# \([a-z-]\+\) .*/{s/^# /  .\/do /;p}' "$0"
 }
 
 step() { printf '\n== %s\n' "$*"; }

@@ -22,12 +22,12 @@ use crate::integrity::with_commits;
 use crate::mounted::Committed;
 use crate::roles::{Outage, Plan, Roles, Which};
 
-const SIZE: u64 = 64 << 20;
+const SIZE: u64 = 32 << 20;
 /// Small, so that less is written to the disk of the machine for the same number of chunks.
 const CHUNK: &str = "64K";
 /// What fio writes each second: hours of it must fit on a disk.
 const RATE: u64 = 4 << 20;
-const COMMIT_EVERY: Duration = Duration::from_millis(500);
+const COMMIT_EVERY: Duration = Duration::from_secs(1);
 /// From one death to the next.
 const KILL_EVERY: Duration = Duration::from_secs(10);
 /// For how long a node is away.

@@ -1,6 +1,7 @@
 //! Stands for a guest: writes to a disk, reads from it, asks for COMMIT after COMMIT, and knows what each
 //! snapshot must hold.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ const SECTOR: usize = 4096;
 /// What one round writes at most.
 const WRITE_MAX: usize = 75 * SECTOR;
 /// Between two rounds.
-const PAUSE: Duration = Duration::from_millis(100);
+const PAUSE: Duration = Duration::from_millis(200);
 
 /// What a round writes, and where.
 fn change(seed: u64, round: u64, size: usize) -> (usize, Vec<u8>) {
@@ -68,7 +69,7 @@ impl Writer {
         }
     }
 
-    /// Lets the writer finish, and waits until all of its snapshots are stable.
+    /// Lets the writer make its last COMMIT, and waits until all of its snapshots are stable.
     ///
     /// # Errors
     /// What the writer met.
@@ -132,14 +133,19 @@ impl Written {
     pub fn check(&self, roles: &Roles, reader: usize) -> Result<()> {
         let numbers: Vec<_> = self.commits.iter().map(|made| made.number).collect();
         ensure!(numbers.is_sorted_by(|a, b| a < b), "numbers that do not grow: {numbers:?}");
+        let asked = |args: &[&str]| roles.json_from(Which::Mirror(reader), args);
+        let image = &self.commits.first().context("there was no COMMIT")?.image;
+        let listed = asked(&["snapshot", "list", image])?;
+        let stable = listed.as_array().context("no list")?.iter();
+        let stable = stable.filter(|one| one["state"] == "stable");
+        let stable: BTreeSet<u64> = stable.filter_map(|one| one["snapshot"].as_u64()).collect();
+        let lost: Vec<_> = numbers.iter().filter(|number| !stable.contains(number)).collect();
+        ensure!(lost.is_empty(), "of {image} were accepted and are not stable: {lost:?}");
         let mut model = self.base.clone();
         for (round, made) in (0..).zip(&self.commits) {
             let (offset, bytes) = change(self.seed, round, model.len());
             model[offset..offset + bytes.len()].copy_from_slice(&bytes);
             let name = made.name();
-            let asked = |args: &[&str]| roles.json_from(Which::Mirror(reader), args);
-            let waited = asked(&["snapshot", "wait", &name])?;
-            ensure!(waited["state"] == "stable", "{name}: {waited}");
             let verified = asked(&["snapshot", "verify", &name])?;
             ensure!(verified["intact"] == true, "{name}: {verified}");
             let file = format!("images/{}/{}.raw", made.image, made.number);

@@ -12,7 +12,7 @@ use blobcr_tests::writer::Writer;
 use serde_json::Value;
 
 const MIB: usize = 1 << 20;
-const SIZE: usize = 16 * MIB;
+const SIZE: usize = 8 * MIB;
 const POOL: &str = "replica:3";
 const NODES: usize = 6;
 /// COMMITs between two events, of each mirror.
@@ -49,8 +49,8 @@ fn away_under_commits(isolated: bool, outages: &[(Which, Outage)]) -> Result<()>
         Ok(())
     });
     met.with_context(|| roles.log())?;
-    for (mirror, writer) in writers.into_iter().enumerate() {
-        let written = writer.finish().with_context(|| roles.log())?;
+    let finished: Result<Vec<_>> = writers.into_iter().map(Writer::finish).collect();
+    for (mirror, written) in finished.with_context(|| roles.log())?.iter().enumerate() {
         ensure!(written.commits() > BETWEEN * (1 + 2 * outages.len()), "{}", written.commits());
         // Through the other mirror, which has nothing of it.
         written.check(&roles, 1 - mirror).with_context(|| roles.log())?;
@@ -112,7 +112,7 @@ fn a_host_without_network_goes_on_and_catches_up() -> Result<()> {
     roles.take_away(alone, Outage::CutOff)?;
     let mut made = Vec::new();
     for round in 0..2 {
-        let (offset, bytes) = ((3 + 4 * round) * MIB + 8192, noise(100 + round as u64, MIB));
+        let (offset, bytes) = ((2 + 3 * round) * MIB + 8192, noise(100 + round as u64, MIB));
         let file = MountedDisk::open(&path, false)?;
         file.file().write_all_at(&bytes, offset as u64).context("write")?;
         file.file().sync_all().context("flush")?;
