@@ -22,7 +22,6 @@ use crate::integrity::with_commits;
 use crate::mounted::Committed;
 use crate::roles::{Outage, Plan, Roles, Which};
 
-const SIZE: u64 = 32 << 20;
 /// Small, so that less is written to the disk of the machine for the same number of chunks.
 const CHUNK: &str = "64K";
 /// What fio writes each second: hours of it must fit on a disk.
@@ -51,7 +50,12 @@ pub struct Options {
     pub repair: Option<Duration>,
     /// Decides what is killed when, and what is written.
     pub seed: u64,
+    /// Bytes of the disk.
+    pub size: u64,
 }
+
+/// Bytes of the disk, unless one says otherwise.
+const SIZE: u64 = 64 << 20;
 
 impl Options {
     /// The soak of a pool: as many nodes as the policy wants and one or two more, of which as many
@@ -65,7 +69,7 @@ impl Options {
             "ec:4+2" => (7, 2),
             _ => bail!("there is a soak of replica:3 and of ec:4+2, and none of {pool}"),
         };
-        Ok(Self { pool: pool.to_owned(), nodes, time, repair, seed })
+        Ok(Self { pool: pool.to_owned(), nodes, time, repair, seed, size: SIZE })
     }
 }
 
@@ -78,7 +82,8 @@ pub struct Report {
     pub snapshots: usize,
     /// The most chunks that were seen to lack a copy at a time.
     pub degraded_max: u64,
-    /// How long it took until nothing was owed and the wiped node's old self was let go.
+    /// How long it took from the end of the load until nothing was owed and the wiped node's old self was
+    /// let go.
     pub repaired_after: Option<Duration>,
 }
 
@@ -95,8 +100,8 @@ pub fn soak(options: &Options, say: &dyn Fn(String)) -> Result<Report> {
         ..Plan::default()
     };
     let mut roles = Roles::start(&plan, |_| Ok(()))?;
-    let data = noise(options.seed, SIZE as usize / 2);
-    let raw = sparse(&roles.dir().join("base.raw"), SIZE, &[(0, &data)])?;
+    let data = noise(options.seed, options.size as usize / 2);
+    let raw = sparse(&roles.dir().join("base.raw"), options.size, &[(0, &data)])?;
     let raw = raw.to_str().context("ASCII")?;
     roles.json(&["image", "import", raw, "base", "--chunk-size", CHUNK])?;
     let path = roles.attach(0, "base", "d")?;
@@ -105,7 +110,7 @@ pub fn soak(options: &Options, say: &dyn Fn(String)) -> Result<Report> {
     let (mut wiped, time) = (None, options.time + WIPE_TIME);
     let made = with_commits(&path, COMMIT_EVERY, || {
         std::thread::scope(|scope| {
-            let fio = || fio(&path, SIZE, Engine::Libaio, time, options.seed, Some(RATE));
+            let fio = || fio(&path, options.size, Engine::Libaio, time, options.seed, Some(RATE));
             let fio = scope.spawn(fio);
             let deaths = kill(&mut roles, options, &mut report, || fio.is_finished(), say)
                 .and_then(|()| wipe(&mut roles, options, say));
@@ -117,14 +122,15 @@ pub fn soak(options: &Options, say: &dyn Fn(String)) -> Result<Report> {
     .with_context(|| roles.log())?;
     say(format!("{} snapshots were accepted, fio found every byte", made.len()));
 
-    let (old, since) = wiped.context("a node was wiped")?;
-    if let Some(limit) = options.repair {
-        repaired(&roles, &old, since + limit, &mut report).with_context(|| roles.log())?;
-        report.repaired_after = Some(since.elapsed());
-        say(format!("nothing is owed any more after {:?}", since.elapsed()));
+    let old = wiped.context("a node was wiped")?;
+    let repair = options.repair.map(|limit| repaired(&roles, &old, limit, &mut report));
+    if let Some(Ok(after)) = repair {
+        say(format!("nothing is owed any more, {} s after the load", after.as_secs()));
     }
     report.snapshots = made.len();
+    // Also when repair took too long: nothing may be lost meanwhile.
     verify(&roles, &path, &made, say)?;
+    report.repaired_after = repair.transpose()?;
     roles.stop()?;
     Ok(report)
 }
@@ -163,9 +169,8 @@ fn kill(
     Ok(())
 }
 
-/// Takes everything from a node, and starts it again when its old self is given up. Returns the old id,
-/// and when the new one was there.
-fn wipe(roles: &mut Roles, options: &Options, say: &dyn Fn(String)) -> Result<(String, Instant)> {
+/// Takes everything from a node, and starts it again when its old self is given up. Returns the old id.
+fn wipe(roles: &mut Roles, options: &Options, say: &dyn Fn(String)) -> Result<String> {
     let node = StdRng::seed_from_u64(!options.seed).random_range(0..options.nodes.0);
     let old = roles.node_id(node)?;
     roles.take_away(Which::Node(node), Outage::Killed)?;
@@ -180,7 +185,7 @@ fn wipe(roles: &mut Roles, options: &Options, say: &dyn Fn(String)) -> Result<(S
     let new = roles.node_id(node)?;
     ensure!(new != old, "a wiped node has its old identity");
     say(format!("node {node} lost its directory: {old} came back as {new}"));
-    Ok((old, Instant::now()))
+    Ok(old)
 }
 
 /// How many chunks lack a copy; `None` while it cannot be told.
@@ -202,8 +207,8 @@ fn note_degraded(roles: &Roles, report: &mut Report) -> Result<Option<u64>> {
 }
 
 /// Waits until nothing is owed and the node that was lost may be removed.
-fn repaired(roles: &Roles, old: &str, until: Instant, report: &mut Report) -> Result<()> {
-    let mut removed = false;
+fn repaired(roles: &Roles, old: &str, limit: Duration, report: &mut Report) -> Result<Duration> {
+    let (start, mut removed) = (Instant::now(), false);
     loop {
         let owed = note_degraded(roles, report)?;
         let mut said = String::new();
@@ -213,9 +218,9 @@ fn repaired(roles: &Roles, old: &str, until: Instant, report: &mut Report) -> Re
             said = ran.stderr;
         }
         if removed && owed == Some(0) {
-            return Ok(());
+            return Ok(start.elapsed());
         }
-        let late = Instant::now() > until;
+        let late = start.elapsed() > limit;
         ensure!(!late, "repair took too long: {owed:?} chunks lack a copy; node remove: {said}");
         sleep(ASK_EVERY);
     }

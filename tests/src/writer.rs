@@ -119,10 +119,10 @@ impl Written {
         Ok(self)
     }
 
-    /// How many COMMITs were accepted.
+    /// The COMMITs that were accepted, the oldest first.
     #[must_use]
-    pub fn commits(&self) -> usize {
-        self.commits.len()
+    pub fn commits(&self) -> &[Committed] {
+        &self.commits
     }
 
     /// Asserts that every snapshot is stable, intact and what the disk held then, read through the

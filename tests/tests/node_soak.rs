@@ -10,7 +10,7 @@ const TIME: Duration = Duration::from_secs(30);
 
 #[expect(clippy::print_stdout, reason = "shown when the test fails")]
 fn short(pool: &str, seed: u64) -> Result<()> {
-    let options = Options::new(pool, TIME, None, seed)?;
+    let options = Options { size: 16 << 20, ..Options::new(pool, TIME, None, seed)? };
     let report = soak(&options, &|line| println!("{line}"))?;
     println!("{report:?}");
     ensure!(report.kills >= 3 * options.nodes.1, "{report:?}");

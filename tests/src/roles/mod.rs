@@ -145,8 +145,9 @@ impl Roles {
         Ok(())
     }
 
-    /// All metadata servers, another one first for each `number`.
-    fn servers(&self, number: usize) -> String {
+    /// The addresses of all metadata servers, another one first for each `number`.
+    #[must_use]
+    pub fn servers(&self, number: usize) -> String {
         let (before, after) = self.metadata.split_at(number % self.metadata.len());
         let all: Vec<_> = after.iter().chain(before).map(Role::address).collect();
         all.join(",")
