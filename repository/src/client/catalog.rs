@@ -66,7 +66,7 @@ impl RemoteCatalog {
             return Err(CatalogError::Invalid("no address of a metadata server was given".into()));
         }
         let connect = |address: &String| {
-            let channel = channel(address, options.connect_timeout)
+            let channel = channel(address, options)
                 .map_err(|error| CatalogError::Invalid(error.to_string()))?;
             let client = MetadataClient::new(channel)
                 .max_decoding_message_size(MESSAGE_BYTES_MAX)
