@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use blobcr_proto::v1::record_store_client::RecordStoreClient;
 use blobcr_proto::{Hash, MESSAGE_BYTES_MAX, v1};
+use blobcr_repository::ConnectOptions;
 use blobcr_repository::client::channel;
 use tokio::time::timeout;
 use tonic::transport::Channel;
 use tonic::{Response, Status};
 
-/// For a connection to come about.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// For one answer: a delete waits for its group's sync, a get for a busy disk.
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -34,9 +33,12 @@ pub(crate) struct Node {
 impl Node {
     /// Connects, and asks the node who it is: at the address of one that is gone, a node of another
     /// repository may answer, and nothing of that must be touched.
-    pub(crate) async fn open(registered: v1::Node) -> Result<Self, NodeError> {
+    pub(crate) async fn open(
+        registered: v1::Node,
+        options: &ConnectOptions,
+    ) -> Result<Self, NodeError> {
         let failed = |detail: String| NodeError { address: registered.address.clone(), detail };
-        let channel = channel(&registered.address, CONNECT_TIMEOUT)
+        let channel = channel(&registered.address, options)
             .map_err(|error| failed(error.to_string()))?;
         let client = RecordStoreClient::new(channel)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)

@@ -14,7 +14,7 @@ use blobcr_proto::record::{RecordKey, open};
 use blobcr_proto::v1::{self, RecordKind};
 use blobcr_proto::{Hash, MESSAGE_BYTES_MAX};
 use blobcr_repository::placement::Placement;
-use blobcr_repository::{CatalogError, Repository};
+use blobcr_repository::{CatalogError, ConnectOptions, Repository};
 
 use crate::node::{Listed, Node, NodeError};
 use pace::Pace;
@@ -98,12 +98,12 @@ pub async fn scrub(repository: &Repository, options: ScrubOptions) -> Result<Scr
         pace: Pace::new(options.bytes_per_second),
     };
     for node in registered {
-        work.open(node).await;
+        work.open(node, repository.options()).await;
     }
     for pool in catalog.list_pools(v1::ListPoolsRequest {}).await?.pools {
         let invalid = |detail: String| ScrubError::Placement { pool: pool.name.clone(), detail };
         let policy: Policy = pool.policy.parse().map_err(|e| invalid(format!("{e}")))?;
-        let by_id = v1::PoolRef { id: pool.id, name: String::new() };
+        let by_id = v1::GetPlacementRequest { id: pool.id, ..Default::default() };
         let table = match (policy, catalog.get_placement(by_id).await) {
             (Policy::Replica(_), Ok(table)) => table,
             (_, Ok(_) | Err(CatalogError::Precondition(_))) => {
@@ -147,11 +147,11 @@ struct Work {
 }
 
 impl Work {
-    async fn open(&mut self, registered: v1::Node) {
+    async fn open(&mut self, registered: v1::Node, options: &ConnectOptions) {
         let (node, address) = (registered.id.clone(), registered.address.clone());
         let mut found = NodeScrub { node: node.clone(), address, ..NodeScrub::default() };
         self.at.insert(node, self.open.len());
-        match Node::open(registered).await {
+        match Node::open(registered, options).await {
             Ok(node) => self.open.push(Some(node)),
             Err(error) => {
                 found.failed = Some(error);

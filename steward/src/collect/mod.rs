@@ -30,7 +30,7 @@ use std::sync::Arc;
 
 use blobcr_proto::v1::{self, RecordKind};
 use blobcr_repository::tree::{GeometryError, NodeSource, Reached, Root, TreeError, for_each_node};
-use blobcr_repository::{CatalogError, Repository};
+use blobcr_repository::{CatalogError, ConnectOptions, Repository};
 use futures::{StreamExt, stream};
 
 use crate::node::{Listed, Node, NodeError, behind};
@@ -163,7 +163,7 @@ pub async fn collect(
     let mut collection = Collection { bound, ..Collection::default() };
     let registered = catalog.list_nodes(v1::ListNodesRequest {}).await?.nodes;
     let mut nodes: Vec<Sweeper> = stream::iter(registered)
-        .map(|node| Sweeper::open(node, bound, options.dry_run))
+        .map(|node| Sweeper::open(node, repository.options(), bound, options.dry_run))
         .buffered(NODES_AT_ONCE)
         .collect()
         .await;
@@ -268,10 +268,15 @@ struct Sweeper {
 }
 
 impl Sweeper {
-    async fn open(registered: v1::Node, bound: u64, dry_run: bool) -> Self {
+    async fn open(
+        registered: v1::Node,
+        options: &ConnectOptions,
+        bound: u64,
+        dry_run: bool,
+    ) -> Self {
         let (node, address) = (registered.id.clone(), registered.address.clone());
         let mut done = NodeCollection { node, address, ..NodeCollection::default() };
-        let node = match Node::open(registered).await {
+        let node = match Node::open(registered, options).await {
             Ok(node) => Some(node),
             Err(error) => {
                 done.failed = Some(error);
