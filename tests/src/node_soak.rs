@@ -82,8 +82,7 @@ pub struct Report {
     pub snapshots: usize,
     /// The most chunks that were seen to lack a copy at a time.
     pub degraded_max: u64,
-    /// How long it took from the end of the load until nothing was owed and the wiped node's old self was
-    /// let go.
+    /// How long it took from the wiped node's return until nothing was owed and its old self was let go.
     pub repaired_after: Option<Duration>,
 }
 
@@ -122,10 +121,11 @@ pub fn soak(options: &Options, say: &dyn Fn(String)) -> Result<Report> {
     .with_context(|| roles.log())?;
     say(format!("{} snapshots were accepted, fio found every byte", made.len()));
 
-    let old = wiped.context("a node was wiped")?;
+    let (old, since) = wiped.context("a node was wiped")?;
     let repair = options.repair.map(|limit| repaired(&roles, &old, limit, &mut report));
+    let repair = repair.map(|done| done.map(|()| since.elapsed()));
     if let Some(Ok(after)) = repair {
-        say(format!("nothing is owed any more, {} s after the load", after.as_secs()));
+        say(format!("nothing is owed any more, {} s after it came back", after.as_secs()));
     }
     report.snapshots = made.len();
     // Also when repair took too long: nothing may be lost meanwhile.
@@ -169,8 +169,9 @@ fn kill(
     Ok(())
 }
 
-/// Takes everything from a node, and starts it again when its old self is given up. Returns the old id.
-fn wipe(roles: &mut Roles, options: &Options, say: &dyn Fn(String)) -> Result<String> {
+/// Takes everything from a node, and starts it again when its old self is given up. Returns the old id,
+/// and when the new one was there.
+fn wipe(roles: &mut Roles, options: &Options, say: &dyn Fn(String)) -> Result<(String, Instant)> {
     let node = StdRng::seed_from_u64(!options.seed).random_range(0..options.nodes.0);
     let old = roles.node_id(node)?;
     roles.take_away(Which::Node(node), Outage::Killed)?;
@@ -185,7 +186,7 @@ fn wipe(roles: &mut Roles, options: &Options, say: &dyn Fn(String)) -> Result<St
     let new = roles.node_id(node)?;
     ensure!(new != old, "a wiped node has its old identity");
     say(format!("node {node} lost its directory: {old} came back as {new}"));
-    Ok(old)
+    Ok((old, Instant::now()))
 }
 
 /// How many chunks lack a copy; `None` while it cannot be told.
@@ -207,7 +208,7 @@ fn note_degraded(roles: &Roles, report: &mut Report) -> Result<Option<u64>> {
 }
 
 /// Waits until nothing is owed and the node that was lost may be removed.
-fn repaired(roles: &Roles, old: &str, limit: Duration, report: &mut Report) -> Result<Duration> {
+fn repaired(roles: &Roles, old: &str, limit: Duration, report: &mut Report) -> Result<()> {
     let (start, mut removed) = (Instant::now(), false);
     loop {
         let owed = note_degraded(roles, report)?;
@@ -218,7 +219,7 @@ fn repaired(roles: &Roles, old: &str, limit: Duration, report: &mut Report) -> R
             said = ran.stderr;
         }
         if removed && owed == Some(0) {
-            return Ok(start.elapsed());
+            return Ok(());
         }
         let late = start.elapsed() > limit;
         ensure!(!late, "repair took too long: {owed:?} chunks lack a copy; node remove: {said}");

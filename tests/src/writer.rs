@@ -21,7 +21,7 @@ const SECTOR: usize = 4096;
 /// What one round writes at most.
 const WRITE_MAX: usize = 75 * SECTOR;
 /// Between two rounds.
-const PAUSE: Duration = Duration::from_millis(200);
+const PAUSE: Duration = Duration::from_millis(400);
 
 /// What a round writes, and where.
 fn change(seed: u64, round: u64, size: usize) -> (usize, Vec<u8>) {
