@@ -38,8 +38,8 @@ impl Node {
         options: &ConnectOptions,
     ) -> Result<Self, NodeError> {
         let failed = |detail: String| NodeError { address: registered.address.clone(), detail };
-        let channel = channel(&registered.address, options)
-            .map_err(|error| failed(error.to_string()))?;
+        let channel =
+            channel(&registered.address, options).map_err(|error| failed(error.to_string()))?;
         let client = RecordStoreClient::new(channel)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -110,6 +110,18 @@ impl Node {
     ) -> Result<Vec<v1::Found>, NodeError> {
         let request = v1::GetRequest { pool, refs };
         Ok(self.ask(|mut client| async move { client.get(timed(request)).await }).await?.found)
+    }
+
+    /// Raises records to a generation; tells which of them the node has.
+    pub(crate) async fn touch(
+        &self,
+        pool: u32,
+        generation: u64,
+        refs: Vec<v1::RecordRef>,
+    ) -> Result<Vec<bool>, NodeError> {
+        let request = v1::TouchRequest { pool, generation, refs };
+        let done = self.ask(|mut client| async move { client.touch(timed(request)).await });
+        Ok(done.await?.present)
     }
 
     pub(crate) async fn put(
