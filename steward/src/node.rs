@@ -38,8 +38,8 @@ impl Node {
         options: &ConnectOptions,
     ) -> Result<Self, NodeError> {
         let failed = |detail: String| NodeError { address: registered.address.clone(), detail };
-        let channel = channel(&registered.address, options)
-            .map_err(|error| failed(error.to_string()))?;
+        let channel =
+            channel(&registered.address, options).map_err(|error| failed(error.to_string()))?;
         let client = RecordStoreClient::new(channel)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
