@@ -406,7 +406,7 @@ metadata! {
     list_pools: ListPoolsRequest => ListPoolsResponse,
     register_node: RegisterNodeRequest => Node,
     list_nodes: ListNodesRequest => ListNodesResponse,
-    get_placement: PoolRef => PlacementTable,
+    get_placement: GetPlacementRequest => PlacementTable,
     report_debt: ReportDebtRequest => ReportDebtResponse,
     list_debt: ListDebtRequest => ListDebtResponse,
     settle_debt: SettleDebtRequest => SettleDebtResponse,
@@ -415,4 +415,6 @@ metadata! {
     drain_node: DrainNodeRequest => Node,
     remove_node: RemoveNodeRequest => Node,
     settle_partition: SettlePartitionRequest => SettlePartitionResponse,
+    lead_steward: LeadStewardRequest => Steward,
+    get_steward: GetStewardRequest => Steward,
 }

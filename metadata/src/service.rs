@@ -211,10 +211,12 @@ pass_on! {
     drain_node(v1::DrainNodeRequest) -> v1::Node;
     remove_node(v1::RemoveNodeRequest) -> v1::Node;
     settle_partition(v1::SettlePartitionRequest) -> v1::SettlePartitionResponse;
-    get_placement(v1::PoolRef) -> v1::PlacementTable;
+    get_placement(v1::GetPlacementRequest) -> v1::PlacementTable;
     report_debt(v1::ReportDebtRequest) -> v1::ReportDebtResponse;
     list_debt(v1::ListDebtRequest) -> v1::ListDebtResponse;
     settle_debt(v1::SettleDebtRequest) -> v1::SettleDebtResponse;
+    lead_steward(v1::LeadStewardRequest) -> v1::Steward;
+    get_steward(v1::GetStewardRequest) -> v1::Steward;
     add_to_set(v1::AddToSetRequest) -> v1::CheckpointSet;
     list_sets(v1::ListSetsRequest) -> v1::ListSetsResponse;
     latest_set(v1::LatestSetRequest) -> v1::CheckpointSet;

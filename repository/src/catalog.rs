@@ -128,8 +128,10 @@ pub trait Catalog: Send + Sync + 'static {
         &self,
         request: v1::SettlePartitionRequest,
     ) -> Result<v1::SettlePartitionResponse, CatalogError>;
-    async fn get_placement(&self, request: v1::PoolRef)
-    -> Result<v1::PlacementTable, CatalogError>;
+    async fn get_placement(
+        &self,
+        request: v1::GetPlacementRequest,
+    ) -> Result<v1::PlacementTable, CatalogError>;
     async fn report_debt(
         &self,
         request: v1::ReportDebtRequest,
@@ -142,6 +144,14 @@ pub trait Catalog: Send + Sync + 'static {
         &self,
         request: v1::SettleDebtRequest,
     ) -> Result<v1::SettleDebtResponse, CatalogError>;
+    async fn lead_steward(
+        &self,
+        request: v1::LeadStewardRequest,
+    ) -> Result<v1::Steward, CatalogError>;
+    async fn get_steward(
+        &self,
+        request: v1::GetStewardRequest,
+    ) -> Result<v1::Steward, CatalogError>;
     async fn add_to_set(
         &self,
         request: v1::AddToSetRequest,

@@ -103,7 +103,7 @@ pub async fn scrub(repository: &Repository, options: ScrubOptions) -> Result<Scr
     for pool in catalog.list_pools(v1::ListPoolsRequest {}).await?.pools {
         let invalid = |detail: String| ScrubError::Placement { pool: pool.name.clone(), detail };
         let policy: Policy = pool.policy.parse().map_err(|e| invalid(format!("{e}")))?;
-        let by_id = v1::PoolRef { id: pool.id, name: String::new() };
+        let by_id = v1::GetPlacementRequest { id: pool.id, ..Default::default() };
         let table = match (policy, catalog.get_placement(by_id).await) {
             (Policy::Replica(_), Ok(table)) => table,
             (_, Ok(_) | Err(CatalogError::Precondition(_))) => {

@@ -48,6 +48,7 @@ pub mod pools;
 pub mod rebalance;
 pub mod sets;
 pub mod snapshots;
+pub mod steward;
 
 /// Attempts at one change before others win for good: each failure means that somebody else made
 /// progress, and the pauses between attempts grow.

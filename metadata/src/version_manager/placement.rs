@@ -144,8 +144,18 @@ impl VersionManager {
     ///
     /// # Errors
     /// [`Error::Precondition`] while too few nodes are up for the pool's policy.
-    pub async fn get_placement(&self, r: v1::PoolRef) -> Result<v1::PlacementTable, Error> {
-        let pool = self.pool_record(&r).await?.value;
+    pub async fn get_placement(
+        &self,
+        r: v1::GetPlacementRequest,
+    ) -> Result<v1::PlacementTable, Error> {
+        let pool = self.pool_record(&v1::PoolRef { name: r.name, id: r.id }).await?.value;
+        if r.known_version != 0 {
+            let head = self.load::<PlacementRecord>(PlacementRecord::key_of(pool.id)).await?;
+            if head.is_some_and(|head| head.value.version == r.known_version) {
+                let (pool, version) = (pool.id, r.known_version);
+                return Ok(v1::PlacementTable { pool, version, ..Default::default() });
+            }
+        }
         let table = match self.table(pool.id).await? {
             Some(table) => table,
             None => {

@@ -7,8 +7,16 @@ use crate::fixture::{Fixture, Kind, START_MS, manager, refused};
 use crate::flaky::flaky;
 
 fn report(partitions: &[(u32, u64)]) -> v1::ReportDebtRequest {
-    let debt = |&(partition, objects): &(u32, u64)| v1::PartitionDebt { partition, objects };
+    let debt = |&(partition, objects): &(u32, u64)| v1::PartitionDebt {
+        partition,
+        objects,
+        missed_nodes: vec![node(0)],
+    };
     v1::ReportDebtRequest { pool: 1, partitions: partitions.iter().map(debt).collect() }
+}
+
+fn node(n: usize) -> String {
+    format!("{n:032x}")
 }
 
 async fn debts(f: &Fixture) -> Vec<v1::Debt> {
@@ -17,7 +25,7 @@ async fn debts(f: &Fixture) -> Vec<v1::Debt> {
 }
 
 async fn settle(f: &Fixture, debt: &v1::Debt) -> bool {
-    let v1::Debt { pool, partition, revision, .. } = *debt;
+    let v1::Debt { pool, partition, revision, .. } = debt.clone();
     let r = v1::SettleDebtRequest { pool, partition, revision };
     f.manager.settle_debt(r).await.unwrap().settled
 }
@@ -99,9 +107,35 @@ async fn no_report_is_lost_in_a_race() {
     store.before_next_swap(async move {
         other.report_debt(report(&[(3, 1)])).await.unwrap();
     });
-    let v1::Debt { pool, partition, revision, .. } = now[0];
+    let v1::Debt { pool, partition, revision, .. } = now[0].clone();
     let r = v1::SettleDebtRequest { pool, partition, revision };
     assert!(!slow.settle_debt(r).await.unwrap().settled);
     assert_eq!(debts(&f).await[0].objects, 112);
     assert!(revision > seen[0].revision);
+}
+
+#[tokio::test]
+async fn a_debt_names_who_missed_it_or_says_that_any_may_have() {
+    let f = Fixture::new().await;
+    let missed = |nodes: std::ops::Range<usize>| v1::ReportDebtRequest {
+        pool: 1,
+        partitions: vec![v1::PartitionDebt {
+            partition: 5,
+            objects: 1,
+            missed_nodes: nodes.map(node).collect(),
+        }],
+    };
+    f.manager.report_debt(missed(2..3)).await.unwrap();
+    f.manager.report_debt(missed(1..3)).await.unwrap();
+    let named = debts(&f).await;
+    assert_eq!(named[0].missed_nodes, [node(1), node(2)]);
+    // Too many to name.
+    f.manager.report_debt(missed(0..49)).await.unwrap();
+    assert_eq!(debts(&f).await[0].missed_nodes, [String::new(); 0]);
+    f.manager.report_debt(missed(1..2)).await.unwrap();
+    let unknown = debts(&f).await;
+    assert_eq!((unknown[0].objects, unknown[0].missed_nodes.len()), (4, 0));
+    let bad = v1::PartitionDebt { partition: 1, objects: 1, missed_nodes: vec!["a/b".into()] };
+    let bad = v1::ReportDebtRequest { pool: 1, partitions: vec![bad] };
+    refused(f.manager.report_debt(bad).await, Kind::Invalid, &["letters, digits"]);
 }

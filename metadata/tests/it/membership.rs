@@ -44,7 +44,7 @@ async fn remove(f: &Fixture, n: usize) -> Result<v1::Node, Error> {
 }
 
 async fn table(f: &Fixture) -> v1::PlacementTable {
-    let pool = v1::PoolRef { name: "p".to_owned(), id: 0 };
+    let pool = v1::GetPlacementRequest { name: "p".to_owned(), ..Default::default() };
     f.manager.get_placement(pool).await.unwrap()
 }
 

@@ -102,7 +102,7 @@ impl Cluster {
 
     /// The nodes that hold a record, first choice first.
     async fn placed(&self, object: &Object) -> Vec<usize> {
-        let by_name = v1::PoolRef { name: "test".into(), id: 0 };
+        let by_name = v1::GetPlacementRequest { name: "test".into(), ..Default::default() };
         let table = self.catalog.get_placement(by_name).await.unwrap();
         let partition = (object.id.prefix() >> 54) as usize;
         table.partitions[partition].node.iter().map(|at| *at as usize).collect()

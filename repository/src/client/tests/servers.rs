@@ -246,7 +246,7 @@ metadata_of! {
     list_pools(ListPoolsRequest) -> ListPoolsResponse;
     register_node(RegisterNodeRequest) -> Node;
     list_nodes(ListNodesRequest) -> ListNodesResponse;
-    get_placement(PoolRef) -> PlacementTable;
+    get_placement(GetPlacementRequest) -> PlacementTable;
     add_to_set(AddToSetRequest) -> CheckpointSet;
     list_sets(ListSetsRequest) -> ListSetsResponse;
     latest_set(LatestSetRequest) -> CheckpointSet;
@@ -256,6 +256,8 @@ metadata_of! {
     report_debt(ReportDebtRequest) -> ReportDebtResponse;
     list_debt(ListDebtRequest) -> ListDebtResponse;
     settle_debt(SettleDebtRequest) -> SettleDebtResponse;
+    lead_steward(LeadStewardRequest) -> Steward;
+    get_steward(GetStewardRequest) -> Steward;
 }
 
 /// A metadata server over a catalog that it may share with others.

@@ -24,7 +24,7 @@ impl Debts {
             return Err(invalid(format!("no such debt: {debt:?}")));
         }
         self.reports += 1;
-        for v1::PartitionDebt { partition, objects } in &r.partitions {
+        for v1::PartitionDebt { partition, objects, .. } in &r.partitions {
             let debt = self.by_partition.entry((pool.id, *partition)).or_insert_with(|| v1::Debt {
                 pool: pool.id,
                 partition: *partition,
