@@ -82,6 +82,12 @@ do_soak() {
   exec target/release/blobcr-soak "$@"
 }
 
+# simulate [ARGS] Seeds of the deterministic simulation: --seed N, --seeds FROM..TO, --plant BUG
+do_simulate() {
+  cargo build --release --locked -p blobcr-sim --bins
+  exec target/release/blobcr-simulate "$@"
+}
+
 # help           This list
 do_help() {
   sed -n '/^# \([a-z]\+\) .*/{s/^# /  .\/do /;p}' "$0"
