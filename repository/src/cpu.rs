@@ -18,10 +18,7 @@ static CORES: LazyLock<Semaphore> =
 ///
 /// # Panics
 /// When `work` does.
-pub(crate) async fn run<T: Send + 'static>(
-    bytes: usize,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> T {
+pub async fn run<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> T {
     if bytes <= INLINE_BYTES || Handle::current().runtime_flavor() == RuntimeFlavor::CurrentThread {
         return work();
     }

@@ -112,6 +112,18 @@ impl Node {
         Ok(self.ask(|mut client| async move { client.get(timed(request)).await }).await?.found)
     }
 
+    /// Raises records to a generation; tells which of them the node has.
+    pub(crate) async fn touch(
+        &self,
+        pool: u32,
+        generation: u64,
+        refs: Vec<v1::RecordRef>,
+    ) -> Result<Vec<bool>, NodeError> {
+        let request = v1::TouchRequest { pool, generation, refs };
+        let done = self.ask(|mut client| async move { client.touch(timed(request)).await });
+        Ok(done.await?.present)
+    }
+
     pub(crate) async fn put(
         &self,
         pool: u32,

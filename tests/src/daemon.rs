@@ -88,7 +88,7 @@ impl Daemon {
         }
     }
 
-    /// Where it serves.
+    /// Where it serves; empty for a role that serves nobody.
     #[must_use]
     pub fn address(&self) -> &str {
         &self.address
@@ -151,11 +151,12 @@ impl Daemon {
     }
 }
 
+/// Empty for a role that serves at none.
 fn ready_address(said: &str) -> Option<&str> {
-    let (_, behind) = said.split_once(" is ready at ")?;
+    let (_, behind) = said.split_once(" is ready")?;
     // The line must be whole.
     let (line, _) = behind.split_once('\n')?;
-    line.split([',', ' ']).next()
+    line.strip_prefix(" at ").unwrap_or_default().split([',', ' ']).next()
 }
 
 impl Drop for Daemon {
@@ -175,5 +176,6 @@ mod tests {
         assert_eq!(ready_address("x\nblobcr: up is ready at 1.2.3.4:5, mo"), None);
         let line = "x\nblobcr: up is ready at 1.2.3.4:5, mount /m\n";
         assert_eq!(ready_address(line), Some("1.2.3.4:5"));
+        assert_eq!(ready_address("blobcr: steward is ready\n"), Some(""));
     }
 }

@@ -464,20 +464,19 @@ fn golden_records_of_members() {
 #[test]
 fn golden_records_of_repair() {
     let repair = v1::RepairProgress {
-        started_unix_ms: 1_700_000_000_000,
+        running_ms: 5000,
         partitions_total: 9,
         partitions_done: 4,
         copied_records: 100,
         copied_bytes: 7_000_000,
         bytes_per_second: 1_000_000,
-        estimated_end_unix_ms: 1_700_000_009_000,
+        remaining_ms: 9000,
         waits_for: "node 00ff".to_owned(),
     };
     let scrub = v1::ScrubProgress {
-        started_unix_ms: 1_700_000_000_001,
+        under_way: true,
         pool: 2,
         partition: 77,
-        finished_unix_ms: 1_600_000_000_000,
         damaged_records: 1,
         lost_records: 2,
     };

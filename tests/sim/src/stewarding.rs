@@ -2,8 +2,12 @@
 
 use std::time::Duration;
 
+use blobcr_proto::v1::ScrubProgress;
 use blobcr_repository::Repository;
-use blobcr_steward::{CollectOptions, NodeCollection, ScrubOptions, collect, scrub};
+use blobcr_steward::{
+    CollectOptions, NodeCollection, RepairOptions, Repairer, Scrub, ScrubError, ScrubOptions,
+    collect, scrub,
+};
 use tokio::time::{sleep, timeout};
 
 use crate::world::World;
@@ -24,9 +28,16 @@ pub async fn run(world: World, host: String, metadata: Vec<String>) {
     let Ok(repository) = Repository::connect(&metadata, crate::options(&world, &host)).await else {
         return;
     };
+    let mut repairer = Repairer::new(repository.clone(), RepairOptions::default());
     loop {
         sleep(world.dice.ms(500..15_000)).await;
-        if world.dice.chance(0.75) {
+        if world.dice.chance(0.4) {
+            match timeout(Duration::from_secs(120), repairer.round()).await {
+                Ok(Ok(done)) => world.note(format_args!("{host}: repaired: {done:?}")),
+                Ok(Err(error)) => world.note(format_args!("{host}: repair: {error}")),
+                Err(_) => world.note(format_args!("{host}: repair: given up")),
+            }
+        } else if world.dice.chance(0.75) {
             let bytes = if world.dice.chance(0.2) { LITTLE_BYTES } else { ENOUGH_BYTES };
             match collect(&repository, collecting(bytes)).await {
                 Ok(done) => world.note(format_args!(
@@ -39,7 +50,7 @@ pub async fn run(world: World, host: String, metadata: Vec<String>) {
         } else {
             let pace = ScrubOptions::default();
             // A scrub of a shaky cluster may take long, and the collector has its turn too.
-            match timeout(Duration::from_secs(120), scrub(&repository, pace)).await {
+            match timeout(Duration::from_secs(120), scrubbed(&repository, pace)).await {
                 Ok(Ok(_)) => world.note(format_args!("{host}: scrubbed")),
                 Ok(Err(error)) => world.note(format_args!("{host}: scrub: {error}")),
                 Err(_) => world.note(format_args!("{host}: scrub: given up")),
@@ -50,9 +61,17 @@ pub async fn run(world: World, host: String, metadata: Vec<String>) {
 
 /// Works until there is nothing left to do at the nodes with these ids, which are all there are.
 pub async fn settle(world: &World, repository: &Repository, nodes: &[String]) {
+    let mut repairer = Repairer::new(repository.clone(), RepairOptions::default());
     for round in 0.. {
-        let mended = match scrub(repository, ScrubOptions::default()).await {
-            Ok(done) => done.nodes.iter().map(|node| node.mended).sum::<u64>(),
+        let owing = match repairer.round().await {
+            Ok(done) => done.partitions,
+            Err(error) => {
+                world.note(format_args!("repair: {error}"));
+                1
+            }
+        };
+        let mended = match scrubbed(repository, ScrubOptions::default()).await {
+            Ok(done) => done.nodes.iter().map(|node| node.found.mended).sum::<u64>(),
             Err(error) => {
                 world.note(format_args!("scrub: {error}"));
                 1
@@ -69,14 +88,21 @@ pub async fn settle(world: &World, repository: &Repository, nodes: &[String]) {
                 1
             }
         };
-        world.note(format_args!("settling: {mended} mended, {collected} collected"));
-        if mended == 0 && collected == 0 {
+        world.note(format_args!(
+            "settling: {owing} to repair, {mended} mended, {collected} collected"
+        ));
+        if owing == 0 && mended == 0 && collected == 0 {
             return;
         }
         if round == ROUNDS_MAX {
             world.oracle.violation("the steward always finds something to do".into());
             return;
         }
-        sleep(Duration::from_secs(2)).await;
+        // Leases of writers that died run out meanwhile.
+        sleep(Duration::from_secs(15)).await;
     }
+}
+
+async fn scrubbed(repository: &Repository, pace: ScrubOptions) -> Result<Scrub, ScrubError> {
+    scrub(repository, pace, ScrubProgress::default(), &|_| ()).await
 }
