@@ -82,6 +82,12 @@ do_soak() {
   exec target/release/blobcr-soak "$@"
 }
 
+# simulate [ARGS] Seeds of the deterministic simulation: --seed N, --seeds FROM..TO, --plant BUG
+do_simulate() {
+  cargo build --release --locked -p blobcr-sim --bins
+  exec target/release/blobcr-simulate "$@"
+}
+
 # node-soak [MINUTES] [--pool replica:3|ec:4+2]   Nodes killed at random, one wiped, under a verified load
 do_node-soak() {
   step "Install what is missing"

@@ -220,14 +220,16 @@ impl SimDisk {
     /// The disk after the process was killed: nothing is lost, and nothing more is durable.
     #[must_use]
     pub fn kill(&self) -> Self {
+        self.cut();
+        self.copy()
+    }
+
+    /// Another disk with the same on it.
+    #[must_use]
+    pub fn copy(&self) -> Self {
         let mut state = self.lock();
-        state.dead = true;
-        let after = Self::with(
-            BTreeMap::new(),
-            Vec::new(),
-            StdRng::seed_from_u64(state.dice.random()),
-            state.capacity,
-        );
+        let dice = StdRng::seed_from_u64(state.dice.random());
+        let after = Self::with(BTreeMap::new(), Vec::new(), dice, state.capacity);
         let mut new = after.lock();
         new.inodes = state.inodes.clone();
         new.names = state.names.clone();

@@ -147,7 +147,9 @@ impl Cluster {
         }
         sleep(UNTIL_LEASES_END).await;
         let repository = self.client().await?;
-        stewarding::settle(&self.world, &repository).await;
+        let nodes: Vec<String> =
+            self.nodes.iter().filter_map(|node| Some(node.store()?.node_id())).collect();
+        stewarding::settle(&self.world, &repository, &nodes).await;
         let fresh = self.client().await?;
         reader::read_all(&self.world, &fresh).await;
         for node in &self.nodes {

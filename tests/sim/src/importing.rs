@@ -40,14 +40,14 @@ async fn root_of(content: &Content) -> Option<Root> {
     persist(&pool, &nodes, job).await.ok().map(|persisted| persisted.root)
 }
 
-/// Imports an image; tries until it works. `None` when it never can.
+/// Imports an image; tries until it works. Returns its id; `None` when it never can.
 pub(crate) async fn import(
     world: &World,
     repository: &Repository,
     name: &str,
     pool: &str,
     content: &Content,
-) -> Option<()> {
+) -> Option<u64> {
     world.oracle.made(&root_of(content).await?.to_wire(), content);
     let lease = LeaseKeeper::start(Arc::clone(repository.catalog()), "an import", LEASE_TTL);
     let disk = disk(content);
@@ -61,9 +61,9 @@ pub(crate) async fn import(
         };
         let limits = PersistLimits::default();
         match import_image(repository, &lease, &disk, image, limits, &|_| ()).await {
-            Ok(_) => {
+            Ok((image, _)) => {
                 lease.shutdown().await;
-                return Some(());
+                return Some(image.id);
             }
             Err(error) => world.note(format_args!("import of {name}: {error}")),
         }

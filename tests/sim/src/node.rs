@@ -39,6 +39,12 @@ fn options() -> Options {
     }
 }
 
+fn identity(world: &World) -> StoreId {
+    let mut id = [0; 16];
+    id[..8].copy_from_slice(&world.dice.any().to_le_bytes());
+    StoreId(id)
+}
+
 /// A host with a node, or one that is down.
 #[derive(Debug)]
 pub struct NodeHost {
@@ -49,6 +55,8 @@ pub struct NodeHost {
     pub host: String,
     /// Its disk.
     pub disk: SimDisk,
+    /// A copy of it from some time ago.
+    old: Option<SimDisk>,
     id: StoreId,
     running: Option<Running>,
 }
@@ -68,11 +76,10 @@ impl NodeHost {
     /// Not started.
     #[must_use]
     pub fn new(world: &World, number: usize) -> Self {
-        let mut id = [0; 16];
-        id[..8].copy_from_slice(&world.dice.any().to_le_bytes());
+        let id = identity(world);
         let disk = SimDisk::new(world.dice.any());
         let host = format!("node-{number}");
-        Self { world: world.clone(), number, host, disk, id: StoreId(id), running: None }
+        Self { world: world.clone(), number, host, disk, old: None, id, running: None }
     }
 
     /// Whether it runs.
@@ -143,6 +150,24 @@ impl NodeHost {
     pub fn power_cut(&mut self) {
         self.end("loses power", self.world.dice.chance(0.7));
         self.disk = self.disk.crash();
+    }
+
+    /// Its disk is replaced by one with what was there some time ago.
+    pub fn go_back(&mut self) {
+        let now = self.disk.copy();
+        let Some(old) = self.old.replace(now) else { return };
+        self.world.oracle.taint(self.number);
+        self.end("goes back", true);
+        self.disk = old;
+    }
+
+    /// Its disk is replaced by an empty one: another node begins in its place.
+    pub fn wipe(&mut self) {
+        self.world.oracle.taint(self.number);
+        self.end("is wiped", true);
+        self.id = identity(&self.world);
+        self.disk = SimDisk::new(self.world.dice.any());
+        self.old = None;
     }
 
     fn end(&mut self, how: &str, silently: bool) {

@@ -5,21 +5,22 @@ use std::time::Duration;
 use blobcr_proto::v1::ScrubProgress;
 use blobcr_repository::Repository;
 use blobcr_steward::{
-    CollectOptions, RepairOptions, Repairer, Scrub, ScrubError, ScrubOptions, collect, scrub,
+    CollectOptions, NodeCollection, RepairOptions, Repairer, Scrub, ScrubError, ScrubOptions,
+    collect, scrub,
 };
 use tokio::time::{sleep, timeout};
 
 use crate::world::World;
 
-/// So little memory that a collection needs several passes.
-const MARK_BYTES: usize = 1 << 10;
-const VISITED_BYTES: usize = 1 << 10;
+/// So little memory that a collection needs several passes, now and then.
+const LITTLE_BYTES: usize = 1 << 10;
+/// What a pass over all of a run's trees takes: the usual budget would be mostly page faults.
+const ENOUGH_BYTES: usize = 32 << 10;
 /// Rounds of the steward until nothing changes any more; more would be none of its work.
 const ROUNDS_MAX: usize = 8;
 
-fn collecting() -> CollectOptions {
-    let (mark_bytes, visited_bytes) = (MARK_BYTES, VISITED_BYTES);
-    CollectOptions { mark_bytes, visited_bytes, ..CollectOptions::default() }
+fn collecting(bytes: usize) -> CollectOptions {
+    CollectOptions { mark_bytes: bytes, visited_bytes: bytes, ..CollectOptions::default() }
 }
 
 /// Works for ever. Dropped at any point, it must do no harm.
@@ -37,7 +38,8 @@ pub async fn run(world: World, host: String, metadata: Vec<String>) {
                 Err(_) => world.note(format_args!("{host}: repair: given up")),
             }
         } else if world.dice.chance(0.75) {
-            match collect(&repository, collecting()).await {
+            let bytes = if world.dice.chance(0.2) { LITTLE_BYTES } else { ENOUGH_BYTES };
+            match collect(&repository, collecting(bytes)).await {
                 Ok(done) => world.note(format_args!(
                     "{host}: collected {} records before {}",
                     done.records(),
@@ -57,8 +59,8 @@ pub async fn run(world: World, host: String, metadata: Vec<String>) {
     }
 }
 
-/// Works until there is nothing left to do.
-pub async fn settle(world: &World, repository: &Repository) {
+/// Works until there is nothing left to do at the nodes with these ids, which are all there are.
+pub async fn settle(world: &World, repository: &Repository, nodes: &[String]) {
     let mut repairer = Repairer::new(repository.clone(), RepairOptions::default());
     for round in 0.. {
         let owing = match repairer.round().await {
@@ -75,9 +77,12 @@ pub async fn settle(world: &World, repository: &Repository) {
                 1
             }
         };
-        let collected = match collect(repository, collecting()).await {
-            Ok(done) if done.nodes.iter().any(|node| node.failed.is_some()) => 1,
-            Ok(done) => done.records(),
+        let collected = match collect(repository, collecting(ENOUGH_BYTES)).await {
+            Ok(done) => {
+                let failed =
+                    |node: &&NodeCollection| node.failed.is_some() && nodes.contains(&node.node);
+                done.records() + done.nodes.iter().filter(failed).count() as u64
+            }
             Err(error) => {
                 world.note(format_args!("collection: {error}"));
                 1

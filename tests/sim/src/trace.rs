@@ -22,9 +22,13 @@ struct State {
 #[derive(Clone, Debug)]
 pub struct Trace(Arc<Mutex<State>>);
 
-/// FNV-1a: no more is asked of it than to differ.
+/// As FNV-1a, but of eight bytes at a time: no more is asked of it than to differ.
 pub(crate) fn fnv(hash: u64, bytes: &[u8]) -> u64 {
-    bytes.iter().fold(hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01B3))
+    bytes.chunks(8).fold(hash, |hash, some| {
+        let mut word = [0; 8];
+        word[..some.len()].copy_from_slice(some);
+        (hash ^ u64::from_le_bytes(word)).wrapping_mul(0x0100_0000_01B3).rotate_left(29)
+    })
 }
 
 /// The hash of nothing.

@@ -20,6 +20,8 @@ enum Kind {
     FailDisk,
     FillDisk,
     FlipBit,
+    GoBack,
+    Wipe,
     KillMetadata,
     ShakeStore,
     JumpClock,
@@ -30,13 +32,15 @@ enum Kind {
     Drain,
 }
 
-const KINDS: [Kind; 14] = [
+const KINDS: [Kind; 16] = [
     Kind::KillNode,
     Kind::CutPower,
     Kind::CutPowerSoon,
     Kind::FailDisk,
     Kind::FillDisk,
     Kind::FlipBit,
+    Kind::GoBack,
+    Kind::Wipe,
     Kind::KillMetadata,
     Kind::ShakeStore,
     Kind::JumpClock,
@@ -157,7 +161,8 @@ impl Trouble {
     fn node(&self, cluster: &mut Cluster, kind: Kind) {
         let dice = &self.world.dice;
         let down = cluster.nodes.iter().filter(|node| !node.is_up()).count();
-        let at = if kind == Kind::FlipBit { self.liar } else { dice.index(cluster.nodes.len()) };
+        let loses = matches!(kind, Kind::FlipBit | Kind::GoBack | Kind::Wipe);
+        let at = if loses { self.liar } else { dice.index(cluster.nodes.len()) };
         let node = &mut cluster.nodes[at];
         if !node.is_up() || down >= NODES_DOWN_MAX {
             return;
@@ -173,6 +178,10 @@ impl Trouble {
                 self.world.note(format_args!("{}: {free} bytes are left", node.host));
                 node.disk.leave(free);
             }
+            Kind::GoBack => node.go_back(),
+            // Its identity is new: not too often.
+            Kind::Wipe if dice.chance(0.7) => {}
+            Kind::Wipe => node.wipe(),
             _ => {
                 self.world.oracle.taint(at);
                 let file = node.disk.flip();

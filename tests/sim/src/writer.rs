@@ -28,17 +28,28 @@ const AGAIN: Duration = Duration::from_millis(700);
 pub struct Disk {
     /// Name of its checkpoint image.
     pub image: String,
+    /// What that is a clone of.
+    pub base: Base,
     /// What the guest sees.
     pub content: Content,
 }
 
-/// What a writer clones first.
+/// A snapshot to clone.
 #[derive(Clone, Debug)]
 pub struct Base {
-    /// The image and the snapshot.
-    pub snapshot: v1::SnapshotRef,
+    /// Id of its image.
+    pub image: u64,
+    /// Its number.
+    pub number: u64,
     /// What it holds.
     pub content: Content,
+}
+
+impl Base {
+    fn snapshot(&self) -> v1::SnapshotRef {
+        let image = v1::ImageRef { id: self.image, name: String::new() };
+        v1::SnapshotRef { image: Some(image), number: self.number }
+    }
 }
 
 /// One life of a host with a disk.
@@ -114,9 +125,9 @@ impl Writer {
     }
 
     /// Writes and checkpoints until it is to stop.
-    pub async fn run(&self, disk: &mut Disk, base: &Base) {
+    pub async fn run(&self, disk: &mut Disk, origin: &Base) {
         while !*self.stop.borrow() {
-            let Ok(mut image) = self.attach(disk, base).await else { return };
+            let Ok(mut image) = self.attach(disk, origin).await else { return };
             while !*self.stop.borrow() {
                 sleep(self.world.dice.ms(10..2500)).await;
                 for _ in 0..self.world.dice.of(1..5) {
@@ -132,18 +143,24 @@ impl Writer {
                 }
             }
             if self.world.dice.chance(0.5) && !*self.stop.borrow() {
-                self.move_on(disk).await;
+                self.move_on(disk, image.pool).await;
             }
         }
     }
 
     /// CLONE, or the same image again, with what a life before left behind.
-    async fn attach(&self, disk: &mut Disk, base: &Base) -> Result<Image, GaveUp> {
-        let clone = || self.upstream.clone_image(&disk.image, &base.snapshot, &self.host);
-        let Ok(cloned) = self.insist("clone", clone).await? else {
-            // Somebody has removed what it comes from, or another image has its name.
-            self.note(format_args!("cannot clone {}", disk.image));
-            return Err(GaveUp);
+    async fn attach(&self, disk: &mut Disk, origin: &Base) -> Result<Image, GaveUp> {
+        let source = disk.base.snapshot();
+        let clone = || self.upstream.clone_image(&disk.image, &source, &self.host);
+        let cloned = match self.insist("clone", clone).await? {
+            Ok(cloned) => cloned,
+            Err(error) => {
+                // Somebody has removed what it comes from.
+                self.note(format_args!("cannot clone {}: {error}", disk.image));
+                disk.image.push('y');
+                disk.base = origin.clone();
+                return Err(GaveUp);
+            }
         };
         let image = cloned.image.unwrap_or_default();
         let pending = self.insist("pending", || self.upstream.pending(image.id)).await?;
@@ -240,18 +257,27 @@ impl Writer {
         self.note(format_args!("{}@{number} removed: {}", image.id, removed.is_ok()));
     }
 
-    /// Goes on with another image, and removes the one before.
-    async fn move_on(&self, disk: &mut Disk) {
+    /// Goes on with another image, of the same base or of any other snapshot, as after a rollback;
+    /// and removes the one before.
+    async fn move_on(&self, disk: &mut Disk, pool: u32) {
         let by_name = v1::ImageRef { id: 0, name: disk.image.clone() };
         let Ok(old) = self.repository.catalog().get_image(by_name).await else { return };
-        let next = format!("{}x", disk.image);
         if self.world.dice.chance(0.7) {
             self.world.oracle.image_leaving(old.id);
             let by_id = v1::ImageRef { id: old.id, name: String::new() };
             let removed = self.repository.catalog().remove_image(by_id).await;
             self.note(format_args!("image {} removed: {}", old.id, removed.is_ok()));
         }
-        disk.image = next;
+        disk.image.push('x');
+        let stable: Vec<_> =
+            self.world.oracle.stable().into_iter().filter(|one| one.pool == pool).collect();
+        if !stable.is_empty() && self.world.dice.chance(0.6) {
+            let one = &stable[self.world.dice.index(stable.len())];
+            let (image, number) = (one.image, one.number);
+            self.note(format_args!("{} begins as {image}@{number}", disk.image));
+            disk.base = Base { image, number, content: one.content.clone() };
+            disk.content = one.content.clone();
+        }
     }
 }
 
@@ -277,15 +303,15 @@ pub async fn import_base(
             content = content.with(at, world.dice.of(1..CONTENTS));
         }
     }
-    crate::importing::import(world, &repository, name, pool, &content).await?;
-    let image = v1::ImageRef { id: 0, name: name.to_owned() };
-    Some(Base { snapshot: v1::SnapshotRef { image: Some(image), number: 1 }, content })
+    let image = crate::importing::import(world, &repository, name, pool, &content).await?;
+    Some(Base { image, number: 1, content })
 }
 
 /// A disk before its first start.
 #[must_use]
 pub fn fresh(host: &str, base: &Base) -> Disk {
-    Disk { image: format!("{host}-checkpoints"), content: base.content.clone() }
+    let (image, content) = (format!("{host}-checkpoints"), base.content.clone());
+    Disk { image, base: base.clone(), content }
 }
 
 /// Shared by those who hold a disk: one life after the other has it.

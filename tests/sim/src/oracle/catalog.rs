@@ -83,9 +83,11 @@ impl State {
         let stable =
             Stable { image: *image, number: *number, pool, content, reaches: Arc::clone(&reaches) };
         self.stable.insert((*image, *number), stable);
+        // What it shares with its base may have lost what a disk that lied has lost.
+        let lost = self.nodes.values().filter(|facts| facts.tainted).count();
         for (kind, id) in reaches.iter() {
-            let (copies, least) =
-                (self.copies(pool, (*kind, *id)), self.policy(pool, *kind).write_least());
+            let copies = self.copies(pool, (*kind, *id));
+            let least = self.policy(pool, *kind).write_least().saturating_sub(lost);
             if copies < least {
                 return Err(format!("{copies} nodes hold its {kind:?} {id}, not {least}"));
             }
