@@ -19,6 +19,9 @@
 mod answers;
 mod channel;
 mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod limits;
 mod proxy;
 mod records;

@@ -18,6 +18,9 @@ pub mod channel;
 pub mod doctor;
 pub mod endpoint;
 pub mod exit;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod image_file;
 pub mod interrupt;
 pub mod output;

@@ -18,6 +18,9 @@ pub mod clock;
 pub mod directory;
 pub mod error;
 mod format;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(feature = "etcd")]
 pub mod migrate;
 pub mod records;

@@ -49,7 +49,7 @@ pub(crate) struct Directory {
     identity: u128,
 }
 
-fn encode(identity: u128) -> [u8; LEN] {
+pub(crate) fn encode(identity: u128) -> [u8; LEN] {
     let mut bytes = [0; LEN];
     bytes[..4].copy_from_slice(&MAGIC);
     bytes[4..8].copy_from_slice(&VERSION.to_le_bytes());
@@ -59,7 +59,7 @@ fn encode(identity: u128) -> [u8; LEN] {
     bytes
 }
 
-fn decode(bytes: &[u8]) -> Option<u128> {
+pub(crate) fn decode(bytes: &[u8]) -> Option<u128> {
     let identity = bytes.get(8..CRC_AT)?.try_into().ok().map(u128::from_be_bytes)?;
     (encode(identity) == bytes).then_some(identity)
 }

@@ -20,6 +20,9 @@ pub mod cache;
 pub mod disk;
 mod file;
 mod fuse;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod host;
 pub mod host_service;
 mod identity;

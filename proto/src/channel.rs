@@ -101,11 +101,11 @@ pub fn decode(buffer: &mut BytesMut) -> Decoded {
     }
     let mut header = &buffer[4..HEADER_BYTES];
     let version = header.get_u8();
-    header.advance(3);
+    let reserved = header.get_uint(3);
     let request_id = header.get_u64_le();
     let len = header.get_u32_le() as usize;
     let expected = header.get_u32_le();
-    if version != VERSION || len > BODY_BYTES_MAX {
+    if version != VERSION || reserved != 0 || len > BODY_BYTES_MAX {
         buffer.advance(1);
         return Decoded::Skipped(1);
     }
@@ -143,6 +143,16 @@ mod tests {
             out.iter().map(|b| format!("{b:02x}")).collect::<String>(),
             include_str!("../golden/frame-v1.hex").trim()
         );
+    }
+
+    #[test]
+    fn a_frame_whose_reserved_bytes_are_set_is_none() {
+        let mut bytes = BytesMut::new();
+        Frame { request_id: 7, body: Bytes::from_static(b"hi") }.encode(&mut bytes).unwrap();
+        bytes[6] = 1;
+        let sum = crc(&bytes[..20], b"hi").to_le_bytes();
+        bytes[20..HEADER_BYTES].copy_from_slice(&sum);
+        assert_eq!(decode(&mut bytes), Decoded::Skipped(1));
     }
 
     #[test]

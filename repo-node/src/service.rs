@@ -57,14 +57,7 @@ pub fn server_builder() -> tonic::transport::Server {
 /// The service over `store`.
 #[must_use]
 pub fn service(store: Arc<ChunkStore>) -> RecordStoreServer<NodeService> {
-    let semaphore = Semaphore::new;
-    let service = NodeService {
-        store,
-        puts: semaphore(PUTS_IN_FLIGHT_MAX),
-        gets: semaphore(GETS_IN_FLIGHT_MAX),
-        small: semaphore(SMALL_IN_FLIGHT_MAX),
-    };
-    RecordStoreServer::new(service)
+    RecordStoreServer::new(NodeService::new(store))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX)
 }
@@ -78,11 +71,25 @@ pub struct NodeService {
 }
 
 impl NodeService {
-    /// Runs `work` on a thread that may block.
+    /// The service over `store`, to be wrapped; [`service`] is ready to be mounted.
+    #[must_use]
+    pub fn new(store: Arc<ChunkStore>) -> Self {
+        Self {
+            store,
+            puts: Semaphore::new(PUTS_IN_FLIGHT_MAX),
+            gets: Semaphore::new(GETS_IN_FLIGHT_MAX),
+            small: Semaphore::new(SMALL_IN_FLIGHT_MAX),
+        }
+    }
+
+    /// Runs `work` on a thread that may block, if the store has threads at all.
     async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&ChunkStore) -> Result<T, Status> + Send + 'static,
     ) -> Result<T, Status> {
+        if self.store.is_stepped() {
+            return work(&self.store);
+        }
         let store = Arc::clone(&self.store);
         tokio::task::spawn_blocking(move || work(&store))
             .await

@@ -25,13 +25,13 @@ impl Members {
     pub(crate) async fn open(repository: &Repository) -> Result<Self, CatalogError> {
         let registered = repository.catalog().list_nodes(v1::ListNodesRequest {}).await?.nodes;
         let options = repository.options();
-        let opened: Vec<_> = stream::iter(registered.clone())
-            .map(|node| async move { (node.id.clone(), Node::open(node, options).await) })
-            .buffered(OPENED_AT_ONCE)
-            .collect()
-            .await;
         let (mut open, mut failed) = (HashMap::new(), BTreeMap::new());
-        for (id, node) in opened {
+        let opening = stream::iter(registered.clone()).map(|node| {
+            let (id, options) = (node.id.clone(), options.clone());
+            async move { (id, Node::open(node, &options).await) }
+        });
+        let mut opening = std::pin::pin!(opening.buffer_unordered(OPENED_AT_ONCE));
+        while let Some((id, node)) = opening.next().await {
             match node {
                 Ok(node) => drop(open.insert(id, node)),
                 Err(error) => drop(failed.insert(id, error)),

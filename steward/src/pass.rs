@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use futures::{StreamExt, stream};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 
 use crate::layout::KINDS;
 use crate::mend::{Mended, Mender};
@@ -26,14 +27,16 @@ pub(crate) struct Pass {
 pub(crate) async fn pass(mender: &Mender<'_>, nodes: &[u32], partitions: Range<usize>) -> Pass {
     let mut done = Pass::default();
     for kind in KINDS {
-        let walk = Walk::new(mender.layout, mender.members, nodes, kind, partitions.clone());
-        let objects = stream::unfold(walk, |mut walk| async move {
-            let object = walk.next().await?;
-            Some((object, walk))
-        });
-        let mended = objects.map(|object| mender.mend(object)).buffer_unordered(OBJECTS_AT_ONCE);
-        let mut mended = std::pin::pin!(mended);
-        while let Some(mended) = mended.next().await {
+        let mut walk = Walk::new(mender.layout, mender.members, nodes, kind, partitions.clone());
+        let mut under_way = FuturesUnordered::new();
+        loop {
+            if under_way.len() < OBJECTS_AT_ONCE
+                && let Some(object) = walk.next().await
+            {
+                under_way.push(mender.mend(object));
+                continue;
+            }
+            let Some(mended) = under_way.next().await else { break };
             done.objects += 1;
             done.owing += u64::from(mended == Mended::Owing);
             done.lost += u64::from(mended == Mended::Lost);

@@ -21,7 +21,8 @@ use std::time::Duration;
 use blobcr_proto::policy::Policy;
 use blobcr_proto::v1::{self, RecordKind};
 use blobcr_repository::{CatalogError, Repository};
-use futures::{StreamExt, stream};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use tokio::sync::watch;
 
 use crate::layout::{Layout, LayoutError};
@@ -123,6 +124,16 @@ struct Task {
     moving: bool,
 }
 
+/// What all tasks of a pool have in common.
+struct Under<'a> {
+    layout: &'a Layout,
+    members: &'a Members,
+    /// Given after the table was seen.
+    generation: u64,
+    /// All writers that may use an older table have ended.
+    writers_gone: bool,
+}
+
 /// Repairs, round after round.
 #[derive(Debug)]
 pub struct Repairer {
@@ -199,18 +210,21 @@ impl Repairer {
         let bound = self.repository.catalog().get_collection_bound(request).await?.generation;
         // Read before the pass begins.
         let writers_gone = bound >= generation;
-        let this = &*self;
-        let ended: Vec<_> = stream::iter(tasks)
-            .map(|task| async move {
-                let end = this.task(layout, members, &task, generation, writers_gone).await;
-                if end.as_ref().is_ok_and(|end| end.stuck.is_none()) {
-                    this.meter.partition_done();
-                }
-                (task, end)
-            })
-            .buffer_unordered(PARTITIONS_AT_ONCE)
-            .collect()
-            .await;
+        let under = Under { layout, members, generation, writers_gone };
+        let mut ended = Vec::with_capacity(tasks.len());
+        let mut tasks = tasks.into_iter();
+        let mut under_way = FuturesUnordered::new();
+        loop {
+            if under_way.len() < PARTITIONS_AT_ONCE
+                && let Some(task) = tasks.next()
+            {
+                under_way.push(self.task(&under, task));
+                continue;
+            }
+            let Some(end) = under_way.next().await else { break };
+            ended.push(end);
+        }
+        drop(under_way);
         for (task, end) in ended {
             let key = (layout.pool, task.partition);
             let end = end?;
@@ -244,14 +258,16 @@ impl Repairer {
         Ok(lease.generation)
     }
 
-    async fn task(
-        &self,
-        layout: &Layout,
-        members: &Members,
-        task: &Task,
-        generation: u64,
-        writers_gone: bool,
-    ) -> Result<End, RepairError> {
+    async fn task(&self, under: &Under<'_>, task: Task) -> (Task, Result<End, RepairError>) {
+        let end = self.one(under, &task).await;
+        if end.as_ref().is_ok_and(|end| end.stuck.is_none()) {
+            self.meter.partition_done();
+        }
+        (task, end)
+    }
+
+    async fn one(&self, under: &Under<'_>, task: &Task) -> Result<End, RepairError> {
+        let Under { layout, members, generation, writers_gone } = *under;
         let sources = layout.sources(task.partition);
         let away = |nodes: &[u32]| -> BTreeSet<String> {
             let ids = nodes.iter().map(|node| layout.id(*node));

@@ -29,7 +29,8 @@ pub struct Schedule {
 /// Works for ever, whenever it leads the stewards. `holder` is another name for each process.
 /// Dropping the future at any point does no harm. Repair begins at once; the first collection and
 /// the first scrub come after the times of the schedule: a start, or many in a row, costs nothing.
-pub async fn run(repository: &Repository, holder: String, schedule: Schedule) {
+pub async fn run(repository: Repository, holder: String, schedule: Schedule) {
+    let repository = &repository;
     let repairer = Repairer::new(repository.clone(), schedule.repair);
     let (scrub, _) = watch::channel(None);
     let told = Told { repair: repairer.progress(), scrub };

@@ -88,8 +88,11 @@ impl<'a> Walk<'a> {
     /// The next object; `None` behind the last.
     pub(crate) async fn next(&mut self) -> Option<Object> {
         let (pool, kind) = (self.layout.pool, self.kind);
-        let filled = join_all(self.cursors.iter_mut().map(|cursor| cursor.fill(pool, kind))).await;
-        let mut failed = filled.into_iter();
+        let mut fills = Vec::with_capacity(self.cursors.len());
+        for cursor in &mut self.cursors {
+            fills.push(cursor.fill(pool, kind));
+        }
+        let mut failed = join_all(fills).await.into_iter();
         let (layout, members) = (self.layout, self.members);
         self.cursors.retain(|cursor| match failed.next() {
             Some(Err(error)) => {
@@ -105,7 +108,8 @@ impl<'a> Walk<'a> {
         }
         let mut copies = Vec::new();
         for cursor in &mut self.cursors {
-            while let Some(listed) = cursor.page.pop_front_if(|listed| listed.id == id) {
+            while cursor.page.front().is_some_and(|listed| listed.id == id) {
+                let Some(listed) = cursor.page.pop_front() else { break };
                 let Listed { generation, stored_bytes, ref key, .. } = listed;
                 if let Ok(key) = RecordKey::try_from(key) {
                     copies.push(Copied { node: cursor.node, key, generation, stored_bytes });

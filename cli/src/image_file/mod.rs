@@ -17,6 +17,8 @@ use blobcr_proto::ChunkSize;
 use crate::args::{ImportArgs, ImportFormat};
 use crate::exit::{Exit, Refusal};
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use qcow2::allowed_size as qcow2_size;
 pub use raw::RawFile;
 pub use target::Target;
 

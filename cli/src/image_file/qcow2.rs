@@ -91,6 +91,14 @@ impl Header {
     }
 }
 
+/// As [`unpack`] reads and judges the header, without leave to read other files.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn allowed_size(bytes: &[u8]) -> Option<u64> {
+    let header = Header::parse(bytes).ok()?;
+    header.check_allowed(false).ok()?;
+    Some(header.virtual_size)
+}
+
 /// Checks the qcow2 file at `path` and unpacks it into an unnamed sparse raw file.
 pub(super) async fn unpack(path: &Path, file: &File, args: &ImportArgs) -> anyhow::Result<File> {
     let header = Header::read(file)?;

@@ -19,7 +19,7 @@ const BYTES_MAX: u64 = 256;
 
 /// Why the file cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ClusterFileError {
+pub(crate) enum ClusterFileError {
     /// It cannot be read or written.
     #[error("cannot use {}: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
@@ -43,7 +43,7 @@ fn line(version: u32, id: &str) -> String {
 ///
 /// # Errors
 /// When the file is there and cannot be read.
-pub(super) fn read(dir: &Path) -> Result<Option<String>, ClusterFileError> {
+pub(crate) fn read(dir: &Path) -> Result<Option<String>, ClusterFileError> {
     let path = dir.join(FILE_NAME);
     let mut text = Vec::new();
     match File::open(&path).and_then(|file| file.take(BYTES_MAX).read_to_end(&mut text)) {
@@ -68,7 +68,7 @@ pub(super) fn read(dir: &Path) -> Result<Option<String>, ClusterFileError> {
 ///
 /// # Errors
 /// When the directory cannot be written.
-pub(super) fn write(dir: &Path, id: &str) -> Result<(), ClusterFileError> {
+pub(crate) fn write(dir: &Path, id: &str) -> Result<(), ClusterFileError> {
     let path = dir.join(FILE_NAME);
     // Written first and then renamed, so that a crash leaves no half of it.
     let new = dir.join("cluster.new");

@@ -1,6 +1,6 @@
 //! The roles: processes that serve until they are told to stop.
 
-mod cluster_file;
+pub(crate) mod cluster_file;
 pub mod directory;
 pub mod limits;
 pub mod lock;

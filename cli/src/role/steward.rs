@@ -50,8 +50,7 @@ impl Steward {
             repair: RepairOptions { bytes_per_second: schedule.repair_rate },
         };
         let holder = format!("steward-{}-{:016x}", std::process::id(), rand::random::<u64>());
-        let (for_work, named) = (repository.clone(), holder.clone());
-        let work = tokio::spawn(async move { work(&for_work, named, schedule).await });
+        let work = tokio::spawn(work(repository.clone(), holder.clone(), schedule));
         Self { work, repository, holder }
     }
 

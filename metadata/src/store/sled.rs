@@ -329,5 +329,17 @@ impl MetaStore for SledStore {
     }
 }
 
+#[cfg(feature = "fuzzing")]
+pub(crate) fn read_acknowledged(bytes: &[u8]) -> Option<Vec<u8>> {
+    let version = acknowledged::decode(bytes).ok()?;
+    Some(acknowledged::encode(version).to_vec())
+}
+
+#[cfg(feature = "fuzzing")]
+pub(crate) fn read_value(bytes: &[u8]) -> Option<Vec<u8>> {
+    let (version, value) = tree::parse(bytes).ok()?;
+    Some(tree::tree_value(version, &value))
+}
+
 #[cfg(test)]
 mod tests;

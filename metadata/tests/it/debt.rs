@@ -131,7 +131,7 @@ async fn a_debt_names_who_missed_it_or_says_that_any_may_have() {
     assert_eq!(named[0].missed_nodes, [node(1), node(2)]);
     // Too many to name.
     f.manager.report_debt(missed(0..49)).await.unwrap();
-    assert_eq!(debts(&f).await[0].missed_nodes, [String::new(); 0]);
+    assert!(debts(&f).await[0].missed_nodes.is_empty());
     f.manager.report_debt(missed(1..2)).await.unwrap();
     let unknown = debts(&f).await;
     assert_eq!((unknown[0].objects, unknown[0].missed_nodes.len()), (4, 0));

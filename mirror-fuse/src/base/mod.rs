@@ -41,6 +41,12 @@ pub use fetcher::FetchLimits;
 /// terabytes of 256 KiB chunks.
 const LEAF_BYTES_MAX: u64 = 256 << 20;
 
+/// For [`crate::fuzzing`].
+#[cfg(feature = "fuzzing")]
+pub(crate) fn kept_nodes(dir: &Path, ids: &[Hash]) -> io::Result<Vec<Option<Bytes>>> {
+    Ok(LocalNodes::open(dir)?.get(ids))
+}
+
 /// All snapshots of one host: they share what is fetched, and a snapshot that several disks lie on
 /// is open once.
 #[derive(Debug)]

@@ -163,7 +163,7 @@ impl LocalNodes {
     }
 
     /// Those of `ids` that are here, in order. Blocks on the disk.
-    fn get(&self, ids: &[Hash]) -> Vec<Option<Bytes>> {
+    pub(super) fn get(&self, ids: &[Hash]) -> Vec<Option<Bytes>> {
         let mut state = self.state();
         let mut touched = Vec::new();
         let found = ids

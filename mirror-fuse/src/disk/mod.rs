@@ -44,6 +44,8 @@ mod facts;
 mod files;
 mod flush;
 mod frame;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod gate;
 mod generation;
 mod io;

@@ -135,7 +135,7 @@ impl StateFile {
     }
 }
 
-fn encode(seq: u64, facts: &Durable) -> Vec<u8> {
+pub(super) fn encode(seq: u64, facts: &Durable) -> Vec<u8> {
     let stored = Stored {
         seq,
         generation: facts.generation,
@@ -151,7 +151,7 @@ fn encode(seq: u64, facts: &Durable) -> Vec<u8> {
     frame::encode(KIND, &stored)
 }
 
-fn decode(bytes: &[u8]) -> Result<(u64, Durable), String> {
+pub(super) fn decode(bytes: &[u8]) -> Result<(u64, Durable), String> {
     let stored: Stored = frame::decode(KIND, bytes)?;
     let source = stored.source.and_then(StoredSource::into_source).ok_or("it names no source")?;
     let checkpoint =

@@ -6,7 +6,7 @@
 //! scanned and it is written again. It is unlinked before its segment, so a listing without its
 //! segment tells that a segment was lost.
 
-use blobcr_proto::codec::crc32c;
+use blobcr_proto::codec::{PLAIN_LEN_MAX, crc32c};
 
 use super::{Event, Fields, FormatError, Key, Location, StoreId, key_from, kind_code};
 
@@ -69,6 +69,10 @@ impl Entry {
         let [event, kind, shard, damaged] = fields.take();
         let key = key_from(fields.u32(), kind, shard, fields.take())?;
         let (generation, unit, stored_len) = (fields.u64(), fields.u32(), fields.u32());
+        if stored_len as usize > PLAIN_LEN_MAX {
+            // A reader would ask for so much memory.
+            return Err(FormatError::Damaged("longer than any record may be"));
+        }
         let target = Location { segment: fields.u32(), unit: fields.u32() };
         let event = match event {
             1 => Event::Put,
@@ -190,6 +194,16 @@ mod tests {
         assert_eq!(decode(GOLDEN, STORE), Ok((summary, golden_entries())));
         let other = StoreId([1; 16]);
         assert_eq!(decode(GOLDEN, other), Err(FormatError::Foreign(STORE)));
+    }
+
+    #[test]
+    fn an_entry_longer_than_any_record_is_refused() {
+        let summary = Summary { segment: 7, segment_len: 64, unreadable: 0 };
+        for (stored_len, good) in [(PLAIN_LEN_MAX as u32, true), (u32::MAX, false)] {
+            let mut entries = Vec::new();
+            Entry { stored_len, ..golden_entries()[0] }.encode(&mut entries);
+            assert_eq!(decode(&encode(STORE, summary, &entries), STORE).is_ok(), good);
+        }
     }
 
     #[test]

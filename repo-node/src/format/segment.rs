@@ -42,6 +42,9 @@ pub(crate) const RECORD_HEADER_LEN: usize = 80;
 /// Payload of a tombstone: the place up to which it counts.
 pub(crate) const TOMBSTONE_PAYLOAD_LEN: usize = 8;
 
+/// The greatest number of a segment that a store starts with: at a segment a second, seventy years.
+pub(crate) const NUMBER_MAX: u32 = u32::MAX / 2;
+
 /// Bytes that a record with this payload takes in its segment.
 pub(crate) fn frame_len(stored_len: u32) -> u64 {
     (RECORD_HEADER_LEN as u64 + u64::from(stored_len)).next_multiple_of(ALIGN)

@@ -49,6 +49,7 @@ pub(crate) fn io_error(what: &'static str, file: &str) -> impl FnOnce(std::io::E
 /// Reads a store, or makes an empty one with the identity `fresh`.
 pub(crate) fn recover(disk: &dyn Disk, fresh: StoreId) -> Result<Recovered, OpenError> {
     let names = disk.list().map_err(io_error("list", "the directory"))?;
+    check_numbers(&names)?;
     let numbers: BTreeSet<u32> = names.iter().filter_map(|name| segment::number(name)).collect();
     let mut report = RecoveryReport::default();
     let store = own_identity(disk, &names, &numbers, fresh, &mut report)?;
@@ -70,6 +71,18 @@ pub(crate) fn recover(disk: &dyn Disk, fresh: StoreId) -> Result<Recovered, Open
     report.records = index.len();
     let next_segment = last.map_or(0, |last| last + 1);
     Ok(Recovered { store, index, segments, tail, next_segment, report })
+}
+
+/// Refuses numbers that leave none for the segments to come.
+fn check_numbers(names: &[String]) -> Result<(), OpenError> {
+    let number = |name: &str| segment::number(name).or_else(|| listing::number(name));
+    match names.iter().find(|name| number(name).is_some_and(|n| n > segment::NUMBER_MAX)) {
+        None => Ok(()),
+        Some(name) => {
+            let source = FormatError::Damaged("no store comes to its number: move it away");
+            Err(OpenError::Format { file: name.clone(), source })
+        }
+    }
 }
 
 /// The identity on the disk, or that of the segments, or a new one, which is then written.

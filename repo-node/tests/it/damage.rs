@@ -132,6 +132,19 @@ fn rubbish_behind_the_last_record_is_cut_off() {
 }
 
 #[test]
+fn a_file_with_a_number_that_no_store_comes_to_is_refused_by_name() {
+    for number in ["ffffffff", "fffffffe", "80000000"] {
+        for extension in ["seg", "idx"] {
+            let dir = made(&some_records(), ONE, false);
+            let name = format!("{number}.{extension}");
+            fs::write(dir.path().join(&name), b"").unwrap();
+            let error = ChunkStore::open(dir.path(), options(ONE)).err().unwrap();
+            assert!(matches!(&error, OpenError::Format { file, .. } if *file == name), "{error}");
+        }
+    }
+}
+
+#[test]
 fn a_bit_flip_in_a_header_costs_that_record_only() {
     let records = some_records();
     let base = made(&records, ONE, false);

@@ -198,38 +198,48 @@ impl<'a> Mender<'a> {
 
     /// Writes records to their nodes. Whether all took theirs.
     async fn put(&self, generation: u64, records: Vec<(u32, v1::Record)>) -> bool {
-        let puts = records.into_iter().map(|(at, record)| async move {
-            let Some(node) = self.node(at) else { return false };
-            let bytes = record.payload.len() as u64;
-            match node.put(self.layout.pool, generation, vec![record]).await {
-                Ok(done) => {
-                    self.tally(at, |tally| {
-                        tally.mended += u64::from(done.stored);
-                        tally.mended_bytes += u64::from(done.stored) * bytes;
-                    });
-                    true
-                }
-                Err(error) => {
-                    self.members.fail(self.layout.id(at), error);
-                    false
-                }
-            }
-        });
+        let mut puts = Vec::with_capacity(records.len());
+        for (node, record) in records {
+            puts.push(self.put_one(generation, node, record));
+        }
         join_all(puts).await.into_iter().all(|put| put)
+    }
+
+    async fn put_one(&self, generation: u64, at: u32, record: v1::Record) -> bool {
+        let Some(node) = self.node(at) else { return false };
+        let bytes = record.payload.len() as u64;
+        match node.put(self.layout.pool, generation, vec![record]).await {
+            Ok(done) => {
+                self.tally(at, |tally| {
+                    tally.mended += u64::from(done.stored);
+                    tally.mended_bytes += u64::from(done.stored) * bytes;
+                });
+                true
+            }
+            Err(error) => {
+                self.members.fail(self.layout.id(at), error);
+                false
+            }
+        }
     }
 
     /// Raises copies to a generation. What a node turns out to lack is told by another walk.
     async fn raise(&self, generation: u64, copies: &[&Copied]) -> bool {
-        let raises = copies.iter().filter(|copy| copy.generation < generation).map(|copy| async {
-            let Some(node) = self.node(copy.node) else { return false };
-            match node.touch(self.layout.pool, generation, vec![copy.key.to_ref()]).await {
-                Ok(present) => present.first() == Some(&true),
-                Err(error) => {
-                    self.members.fail(self.layout.id(copy.node), error);
-                    false
-                }
-            }
-        });
+        let mut raises = Vec::new();
+        for copy in copies.iter().filter(|copy| copy.generation < generation) {
+            raises.push(self.raise_one(generation, copy));
+        }
         join_all(raises).await.into_iter().all(|raised| raised)
+    }
+
+    async fn raise_one(&self, generation: u64, copy: &Copied) -> bool {
+        let Some(node) = self.node(copy.node) else { return false };
+        match node.touch(self.layout.pool, generation, vec![copy.key.to_ref()]).await {
+            Ok(present) => present.first() == Some(&true),
+            Err(error) => {
+                self.members.fail(self.layout.id(copy.node), error);
+                false
+            }
+        }
     }
 }

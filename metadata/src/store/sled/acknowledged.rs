@@ -67,7 +67,7 @@ impl Acknowledged {
     }
 }
 
-fn encode(version: u64) -> [u8; BYTES] {
+pub(super) fn encode(version: u64) -> [u8; BYTES] {
     let mut bytes = [0; BYTES];
     bytes[..4].copy_from_slice(&MAGIC);
     bytes[4] = FORMAT;
@@ -77,7 +77,7 @@ fn encode(version: u64) -> [u8; BYTES] {
     bytes
 }
 
-fn decode(bytes: &[u8]) -> Result<u64, &'static str> {
+pub(super) fn decode(bytes: &[u8]) -> Result<u64, &'static str> {
     let bytes: &[u8; BYTES] = bytes.try_into().map_err(|_| "it has not 20 bytes")?;
     let [m0, m1, m2, m3, format, _, _, _, version @ .., _, _, _, _] = bytes;
     if [*m0, *m1, *m2, *m3] != MAGIC {

@@ -1,0 +1,2 @@
+#![no_main]
+blobcr_fuzz::target!(blobcr_fuzz::mirror::NODES);
