@@ -7,10 +7,12 @@ use blobcr_tests::node_soak::{Options, soak};
 
 /// With the wipe of a node after it, a minute.
 const TIME: Duration = Duration::from_secs(30);
+/// Some ten seconds of an idle machine.
+const REPAIR: Duration = Duration::from_secs(120);
 
 #[expect(clippy::print_stdout, reason = "shown when the test fails")]
 fn short(pool: &str, seed: u64) -> Result<()> {
-    let options = Options { size: 16 << 20, ..Options::new(pool, TIME, None, seed)? };
+    let options = Options { size: 16 << 20, ..Options::new(pool, TIME, REPAIR, seed)? };
     let report = soak(&options, &|line| println!("{line}"))?;
     println!("{report:?}");
     ensure!(report.kills >= 3 * options.nodes.1, "{report:?}");
