@@ -16,7 +16,7 @@ fn short(pool: &str, seed: u64) -> Result<()> {
     let report = soak(&options, &|line| println!("{line}"))?;
     println!("{report:?}");
     ensure!(report.kills >= 3 * options.nodes.1, "{report:?}");
-    ensure!(report.snapshots > 10 && report.degraded_max > 0, "{report:?}");
+    ensure!(report.snapshots > 5 && report.degraded_max > 0, "{report:?}");
     Ok(())
 }
 
