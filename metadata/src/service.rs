@@ -210,11 +210,11 @@ pass_on! {
     list_nodes(v1::ListNodesRequest) -> v1::ListNodesResponse;
     drain_node(v1::DrainNodeRequest) -> v1::Node;
     remove_node(v1::RemoveNodeRequest) -> v1::Node;
-    settle_partition(v1::SettlePartitionRequest) -> v1::SettlePartitionResponse;
+    settle_partitions(v1::SettlePartitionsRequest) -> v1::SettlePartitionsResponse;
     get_placement(v1::GetPlacementRequest) -> v1::PlacementTable;
     report_debt(v1::ReportDebtRequest) -> v1::ReportDebtResponse;
     list_debt(v1::ListDebtRequest) -> v1::ListDebtResponse;
-    settle_debt(v1::SettleDebtRequest) -> v1::SettleDebtResponse;
+    settle_debts(v1::SettleDebtsRequest) -> v1::SettleDebtsResponse;
     lead_steward(v1::LeadStewardRequest) -> v1::Steward;
     get_steward(v1::GetStewardRequest) -> v1::Steward;
     add_to_set(v1::AddToSetRequest) -> v1::CheckpointSet;

@@ -32,6 +32,7 @@ mod segments;
 pub mod service;
 mod stepper;
 pub mod store;
+mod tables;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod writer;

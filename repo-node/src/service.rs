@@ -15,6 +15,7 @@ use tonic::{Request, Response, Status};
 
 use crate::error::StoreError;
 use crate::store::{ChunkStore, Fetched, delete_outcome, put_outcome, touch_outcome};
+use crate::tables::Tables;
 
 /// Records or refs in one request: what a 16 MiB message holds of small tree nodes, about.
 pub const RECORDS_PER_REQUEST_MAX: usize = 65_536;
@@ -68,6 +69,7 @@ pub struct NodeService {
     puts: Semaphore,
     gets: Semaphore,
     small: Semaphore,
+    tables: Tables,
 }
 
 impl NodeService {
@@ -79,6 +81,7 @@ impl NodeService {
             puts: Semaphore::new(PUTS_IN_FLIGHT_MAX),
             gets: Semaphore::new(GETS_IN_FLIGHT_MAX),
             small: Semaphore::new(SMALL_IN_FLIGHT_MAX),
+            tables: Tables::default(),
         }
     }
 
@@ -131,6 +134,13 @@ fn keys(refs: &[v1::RecordRef]) -> Result<Vec<RecordKey>, Status> {
         .map_err(|error| StoreError::from(error).into())
 }
 
+fn known_kind(kind: v1::RecordKind) -> Result<v1::RecordKind, Status> {
+    match kind {
+        v1::RecordKind::Unspecified => Err(Status::invalid_argument("unknown kind of record")),
+        kind => Ok(kind),
+    }
+}
+
 #[tonic::async_trait]
 impl RecordStore for NodeService {
     async fn put(
@@ -138,13 +148,14 @@ impl RecordStore for NodeService {
         request: Request<v1::PutRequest>,
     ) -> Result<Response<v1::PutResponse>, Status> {
         let _permit = permit(&self.puts).await?;
-        let v1::PutRequest { pool, generation, records } = request.into_inner();
+        let v1::PutRequest { pool, generation, records, table_version } = request.into_inner();
+        let newest_table = self.tables.newest(pool, table_version);
         check_count(records.len())?;
         let pending =
             self.blocking(move |store| Ok(store.begin_put(pool, generation, &records)?)).await?;
         let done = put_outcome(pending.wait_async().await?)?;
-        let response = v1::PutResponse { stored: done.stored, stored_bytes: done.stored_bytes };
-        Ok(Response::new(response))
+        let (stored, stored_bytes) = (done.stored, done.stored_bytes);
+        Ok(Response::new(v1::PutResponse { stored, stored_bytes, newest_table }))
     }
 
     async fn get(
@@ -152,10 +163,11 @@ impl RecordStore for NodeService {
         request: Request<v1::GetRequest>,
     ) -> Result<Response<v1::GetResponse>, Status> {
         let _permit = permit(&self.gets).await?;
-        let v1::GetRequest { pool, refs } = request.into_inner();
+        let v1::GetRequest { pool, refs, table_version } = request.into_inner();
+        let newest_table = self.tables.newest(pool, table_version);
         let keys = keys(&refs)?;
         let found = self.blocking(move |store| get(store, pool, &keys)).await?;
-        Ok(Response::new(v1::GetResponse { found }))
+        Ok(Response::new(v1::GetResponse { found, newest_table }))
     }
 
     async fn touch(
@@ -163,12 +175,13 @@ impl RecordStore for NodeService {
         request: Request<v1::TouchRequest>,
     ) -> Result<Response<v1::TouchResponse>, Status> {
         let _permit = permit(&self.small).await?;
-        let v1::TouchRequest { pool, generation, refs } = request.into_inner();
+        let v1::TouchRequest { pool, generation, refs, table_version } = request.into_inner();
+        let newest_table = self.tables.newest(pool, table_version);
         let keys = keys(&refs)?;
         let pending =
             self.blocking(move |store| Ok(store.begin_touch(pool, generation, &keys))).await?;
         let present = touch_outcome(pending.wait_async().await?)?;
-        Ok(Response::new(v1::TouchResponse { present }))
+        Ok(Response::new(v1::TouchResponse { present, newest_table }))
     }
 
     async fn delete(
@@ -191,10 +204,7 @@ impl RecordStore for NodeService {
     ) -> Result<Response<v1::ListResponse>, Status> {
         let _permit = permit(&self.small).await?;
         let request = request.into_inner();
-        let kind = request.kind();
-        if kind == v1::RecordKind::Unspecified {
-            return Err(Status::invalid_argument("unknown kind of record"));
-        }
+        let kind = known_kind(request.kind())?;
         let after = request.after.as_ref().map(RecordKey::try_from).transpose();
         let after = after.map_err(StoreError::from)?;
         let limit = match request.limit as usize {
@@ -204,6 +214,21 @@ impl RecordStore for NodeService {
         let (records, more) =
             self.blocking(move |store| Ok(store.list(request.pool, kind, after, limit))).await?;
         Ok(Response::new(v1::ListResponse { records, more }))
+    }
+
+    async fn check(
+        &self,
+        request: Request<v1::CheckRequest>,
+    ) -> Result<Response<v1::CheckResponse>, Status> {
+        let _permit = permit(&self.gets).await?;
+        let request = request.into_inner();
+        let kind = known_kind(request.kind())?;
+        let after = request.after.as_ref().map(RecordKey::try_from).transpose();
+        let after = after.map_err(StoreError::from)?;
+        let checked = self
+            .blocking(move |store| Ok(store.check(request.pool, kind, after, request.limit_bytes)))
+            .await?;
+        Ok(Response::new(checked))
     }
 
     async fn status(

@@ -26,6 +26,10 @@ use crate::writer::Writer;
 /// compaction a whole segment, so a second time is rare already.
 const READ_ATTEMPTS_MAX: usize = 16;
 
+/// Bytes that are checked for one request at most, and records: a quarter of a second of a disk.
+const CHECK_BYTES: u64 = 32 << 20;
+const CHECK_RECORDS: usize = 4096;
+
 /// Segments are begun anew at 32 GiB at the latest: half of what a place in one can name.
 const SEGMENT_BYTES_MAX: u64 = 32 << 30;
 
@@ -303,6 +307,35 @@ impl ChunkStore {
             stored_bytes: crate::format::segment::frame_len(state.stored_len),
         };
         (records.into_iter().map(listed).collect(), more)
+    }
+
+    /// Reads records of one kind in order, beginning behind `after`, until about `limit_bytes` have
+    /// been read (0: as many as [`CHECK_BYTES`]), and checks each as far as its checksum goes.
+    #[must_use]
+    pub fn check(
+        &self,
+        pool: u32,
+        kind: v1::RecordKind,
+        after: Option<RecordKey>,
+        limit_bytes: u64,
+    ) -> v1::CheckResponse {
+        let limit_bytes = if limit_bytes == 0 { CHECK_BYTES } else { limit_bytes.min(CHECK_BYTES) };
+        let (records, mut more) = self.core.index.list(pool, kind, after, CHECK_RECORDS);
+        let mut done = v1::CheckResponse::default();
+        for (key, state) in records {
+            if done.bytes >= limit_bytes {
+                more = true;
+                break;
+            }
+            if matches!(self.get(pool, key), Fetched::Damaged) {
+                done.damaged.push(key.to_ref());
+            }
+            done.records += 1;
+            done.bytes += u64::from(state.stored_len);
+            done.last = Some(key.to_ref());
+        }
+        done.more = more;
+        done
     }
 
     /// How the store is.

@@ -124,10 +124,10 @@ pub trait Catalog: Send + Sync + 'static {
     ) -> Result<v1::ListNodesResponse, CatalogError>;
     async fn drain_node(&self, request: v1::DrainNodeRequest) -> Result<v1::Node, CatalogError>;
     async fn remove_node(&self, request: v1::RemoveNodeRequest) -> Result<v1::Node, CatalogError>;
-    async fn settle_partition(
+    async fn settle_partitions(
         &self,
-        request: v1::SettlePartitionRequest,
-    ) -> Result<v1::SettlePartitionResponse, CatalogError>;
+        request: v1::SettlePartitionsRequest,
+    ) -> Result<v1::SettlePartitionsResponse, CatalogError>;
     async fn get_placement(
         &self,
         request: v1::GetPlacementRequest,
@@ -140,10 +140,10 @@ pub trait Catalog: Send + Sync + 'static {
         &self,
         request: v1::ListDebtRequest,
     ) -> Result<v1::ListDebtResponse, CatalogError>;
-    async fn settle_debt(
+    async fn settle_debts(
         &self,
-        request: v1::SettleDebtRequest,
-    ) -> Result<v1::SettleDebtResponse, CatalogError>;
+        request: v1::SettleDebtsRequest,
+    ) -> Result<v1::SettleDebtsResponse, CatalogError>;
     async fn lead_steward(
         &self,
         request: v1::LeadStewardRequest,

@@ -103,12 +103,24 @@ impl Node {
         self.ask(|mut client| async move { client.delete(timed(request)).await }).await
     }
 
+    /// Has the node read about so many bytes of its records, and tell which are damaged.
+    pub(crate) async fn check(
+        &self,
+        pool: u32,
+        kind: v1::RecordKind,
+        after: Option<v1::RecordRef>,
+        limit_bytes: u64,
+    ) -> Result<v1::CheckResponse, NodeError> {
+        let request = v1::CheckRequest { pool, kind: kind.into(), after, limit_bytes };
+        self.ask(|mut client| async move { client.check(timed(request)).await }).await
+    }
+
     pub(crate) async fn get(
         &self,
         pool: u32,
         refs: Vec<v1::RecordRef>,
     ) -> Result<Vec<v1::Found>, NodeError> {
-        let request = v1::GetRequest { pool, refs };
+        let request = v1::GetRequest { pool, refs, table_version: 0 };
         Ok(self.ask(|mut client| async move { client.get(timed(request)).await }).await?.found)
     }
 
@@ -119,7 +131,7 @@ impl Node {
         generation: u64,
         refs: Vec<v1::RecordRef>,
     ) -> Result<Vec<bool>, NodeError> {
-        let request = v1::TouchRequest { pool, generation, refs };
+        let request = v1::TouchRequest { pool, generation, refs, table_version: 0 };
         let done = self.ask(|mut client| async move { client.touch(timed(request)).await });
         Ok(done.await?.present)
     }
@@ -130,7 +142,7 @@ impl Node {
         generation: u64,
         records: Vec<v1::Record>,
     ) -> Result<v1::PutResponse, NodeError> {
-        let request = v1::PutRequest { pool, generation, records };
+        let request = v1::PutRequest { pool, generation, records, table_version: 0 };
         self.ask(|mut client| async move { client.put(timed(request)).await }).await
     }
 }

@@ -78,8 +78,8 @@ impl RepairMeter {
         });
     }
 
-    pub(crate) fn partition_done(&self) {
-        self.change(|state| state.progress.partitions_done += 1);
+    pub(crate) fn partitions_done(&self, count: u64) {
+        self.change(|state| state.progress.partitions_done += count);
     }
 
     pub(crate) fn end(&self, waits_for: &BTreeSet<String>) {

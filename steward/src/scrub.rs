@@ -3,20 +3,23 @@
 //! Partition after partition, so that it can be broken off anywhere and gone on with later, by
 //! another steward as well.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use blobcr_proto::{Hash, v1};
 use blobcr_repository::{CatalogError, Repository};
 
-use crate::layout::{Layout, LayoutError};
+use crate::layout::{KINDS, Layout, LayoutError};
 use crate::members::Members;
 use crate::mend::{Depth, Mender, Tally};
-use crate::node::NodeError;
+use crate::node::{NodeError, behind};
 use crate::pace::Pace;
 use crate::pass::pass;
 
 /// Parts that a pool is scrubbed in: where a scrub goes on when it was broken off.
 const PARTS: usize = 64;
+/// Bytes that a node checks for one question: a rate is kept in such steps.
+const CHECK_BYTES: u64 = 8 << 20;
 /// Lost records that are told one by one; beyond them only their number is.
 const LOST_TOLD_MAX: usize = 100;
 
@@ -25,6 +28,9 @@ const LOST_TOLD_MAX: usize = 100;
 pub struct ScrubOptions {
     /// Bytes a second to read at most; 0: as fast as it goes.
     pub bytes_per_second: u64,
+    /// Each node checks what it has by its checksums, and only what is near damage is read whole:
+    /// much cheaper, and blind to what is missing or lies.
+    pub quick: bool,
 }
 
 /// What a scrub came to.
@@ -100,7 +106,13 @@ pub async fn scrub(
             }
             let part = partition..(partition + end.div_ceil(PARTS)).min(end);
             partition = part.end;
-            scrub.part(&layout, &members, &pace, part).await;
+            if options.quick {
+                for near in scrub.check(&layout, &members, &pace, part).await {
+                    scrub.part(&layout, &members, &pace, near..near + 1).await;
+                }
+            } else {
+                scrub.part(&layout, &members, &pace, part).await;
+            }
             // Table partitions are counted in 32 bits.
             (place.pool, place.partition) = (id, partition as u32);
             place.damaged_records = from.damaged_records
@@ -121,6 +133,47 @@ pub async fn scrub(
 }
 
 impl Scrub {
+    /// Has all nodes check their records of some partitions. Returns the partitions with damage.
+    async fn check(
+        &mut self,
+        layout: &Layout,
+        members: &Members,
+        pace: &Pace,
+        partitions: Range<usize>,
+    ) -> BTreeSet<usize> {
+        let mut near = BTreeSet::new();
+        for at in &mut self.nodes {
+            let Some(node) = members.get(&at.node) else { continue };
+            for kind in KINDS {
+                let before = layout.placement.before(partitions.start);
+                let mut after = before.map(|id| behind(kind, id));
+                loop {
+                    let checked = match node.check(layout.pool, kind, after, CHECK_BYTES).await {
+                        Ok(checked) => checked,
+                        Err(error) => {
+                            members.fail(&at.node, error);
+                            break;
+                        }
+                    };
+                    pace.before(checked.bytes).await;
+                    at.found.records += checked.records;
+                    at.found.bytes += checked.bytes;
+                    let id = |wire: &v1::RecordRef| Hash::from_slice(&wire.id);
+                    let ids = checked.damaged.iter().filter_map(id);
+                    near.extend(ids.map(|id| layout.placement.partition(&id)));
+                    let last = checked.last.as_ref().and_then(id);
+                    let past =
+                        last.is_none_or(|id| layout.placement.partition(&id) >= partitions.end);
+                    if !checked.more || past {
+                        break;
+                    }
+                    after = checked.last;
+                }
+            }
+        }
+        near
+    }
+
     async fn part(
         &mut self,
         layout: &Layout,
@@ -131,7 +184,7 @@ impl Scrub {
         // At most 512 nodes.
         let nodes: Vec<u32> = (0..layout.placement.nodes().len() as u32).collect();
         let mender = Mender::new(layout, members, pace, Depth::Read, 0);
-        pass(&mender, &nodes, partitions).await;
+        pass(&mender, &nodes, partitions, None).await;
         let found = mender.found();
         for node in &mut self.nodes {
             if let Some(more) = found.nodes.get(&node.node) {

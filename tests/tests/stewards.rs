@@ -31,8 +31,8 @@ fn id_of(at: &str, address: &str) -> Result<String> {
 }
 
 #[test]
-fn what_dead_and_drained_nodes_held_moves_and_they_are_removed_whichever_steward_works() -> Result<()>
-{
+fn what_dead_and_drained_nodes_held_moves_and_they_are_removed_whichever_steward_works()
+-> Result<()> {
     let dir = tempfile::tempdir()?;
     let dir = dir.path();
     let policy = ["--pool", "replica:2", "--node-down-after", "15"];

@@ -46,7 +46,7 @@ impl Steward {
         let schedule = Schedule {
             collect_every: Duration::from_secs(schedule.collect_every),
             scrub_every: Duration::from_secs(schedule.scrub_every),
-            scrub: ScrubOptions { bytes_per_second: schedule.scrub_rate },
+            scrub: ScrubOptions { bytes_per_second: schedule.scrub_rate, quick: false },
             repair: RepairOptions { bytes_per_second: schedule.repair_rate },
         };
         let holder = format!("steward-{}-{:016x}", std::process::id(), rand::random::<u64>());

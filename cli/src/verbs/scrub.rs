@@ -44,10 +44,9 @@ impl From<NodeScrub> for ScrubNodeView {
 ///
 /// # Errors
 /// When something is lost, the metadata service does not answer, or a node was left out.
-pub async fn run(session: &Session, bytes_per_second: u64, output: Output) -> anyhow::Result<()> {
+pub async fn run(session: &Session, options: ScrubOptions, output: Output) -> anyhow::Result<()> {
     let repository = session.repository().await?;
     let progress = Progress::spinner("scrubbing");
-    let options = ScrubOptions { bytes_per_second };
     let scrub = blobcr_steward::scrub(&repository, options, ScrubProgress::default(), &|_| ());
     let done = progress.during(scrub).await?;
     let view = ScrubView {

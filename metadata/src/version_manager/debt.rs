@@ -8,7 +8,7 @@ use blobcr_proto::v1;
 use super::{RecordSwap, VersionManager, list_limit, until_won};
 use crate::error::Error;
 use crate::records::{DebtRecord, MISSED_NODES_MAX, check_node_id};
-use crate::store::{Expect, StoreError, Swap, Version};
+use crate::store::{Expect, Key, StoreError, Swap, Version};
 
 /// Partitions in one swap: well inside what a store takes, and few enough that writers which report
 /// at the same time do not keep each other from it.
@@ -121,23 +121,48 @@ impl VersionManager {
         Ok(v1::ListDebtResponse { debts, more })
     }
 
-    /// Removes the debt of a partition that was repaired as of `revision`. What was reported
+    /// Removes the debts of partitions that were repaired as of a revision each. What was reported
     /// meanwhile stays: the repair may have passed it already.
     ///
     /// # Errors
-    /// When the store cannot.
-    pub async fn settle_debt(
+    /// When the store cannot; some may be settled then.
+    pub async fn settle_debts(
         &self,
-        r: v1::SettleDebtRequest,
-    ) -> Result<v1::SettleDebtResponse, Error> {
-        let key = DebtRecord::key_of(r.pool, r.partition);
-        if self.load::<DebtRecord>(key.clone()).await?.is_none() {
-            return Ok(v1::SettleDebtResponse { settled: true });
+        r: v1::SettleDebtsRequest,
+    ) -> Result<v1::SettleDebtsResponse, Error> {
+        let mut kept = Vec::new();
+        for some in r.debts.chunks(PARTITIONS_AT_ONCE) {
+            let mut owed = Vec::with_capacity(some.len());
+            for debt in some {
+                let key = DebtRecord::key_of(r.pool, debt.partition);
+                if self.load::<DebtRecord>(key.clone()).await?.is_some() {
+                    owed.push((key, debt));
+                }
+            }
+            if self.strike_off(&owed).await? {
+                continue;
+            }
+            // One has changed: the others by themselves.
+            for one in owed {
+                if !self.strike_off(std::slice::from_ref(&one)).await? {
+                    kept.push(one.1.partition);
+                }
+            }
         }
-        let swap = Swap::new().delete(key, Expect::Version(Version(r.revision)));
-        match self.store.swap(swap).await {
-            Ok(_) => Ok(v1::SettleDebtResponse { settled: true }),
-            Err(StoreError::Conflict { .. }) => Ok(v1::SettleDebtResponse { settled: false }),
+        Ok(v1::SettleDebtsResponse { kept })
+    }
+
+    /// Removes debts in one swap, if none has changed.
+    async fn strike_off(&self, owed: &[(Key, &v1::SettledDebt)]) -> Result<bool, Error> {
+        if owed.is_empty() {
+            return Ok(true);
+        }
+        let remove = |swap: Swap, (key, debt): &(Key, &v1::SettledDebt)| {
+            swap.delete(key.clone(), Expect::Version(Version(debt.revision)))
+        };
+        match self.store.swap(owed.iter().fold(Swap::new(), remove)).await {
+            Ok(_) => Ok(true),
+            Err(StoreError::Conflict { .. }) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }

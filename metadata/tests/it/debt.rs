@@ -24,10 +24,15 @@ async fn debts(f: &Fixture) -> Vec<v1::Debt> {
     f.manager.list_debt(all).await.unwrap().debts
 }
 
+async fn debts_left(f: &Fixture) -> Vec<u32> {
+    debts(f).await.iter().map(|debt| debt.partition).collect()
+}
+
 async fn settle(f: &Fixture, debt: &v1::Debt) -> bool {
     let v1::Debt { pool, partition, revision, .. } = debt.clone();
-    let r = v1::SettleDebtRequest { pool, partition, revision };
-    f.manager.settle_debt(r).await.unwrap().settled
+    let debts = vec![v1::SettledDebt { partition, revision }];
+    let r = v1::SettleDebtsRequest { pool, debts };
+    f.manager.settle_debts(r).await.unwrap().kept.is_empty()
 }
 
 #[tokio::test]
@@ -108,8 +113,14 @@ async fn no_report_is_lost_in_a_race() {
         other.report_debt(report(&[(3, 1)])).await.unwrap();
     });
     let v1::Debt { pool, partition, revision, .. } = now[0].clone();
-    let r = v1::SettleDebtRequest { pool, partition, revision };
-    assert!(!slow.settle_debt(r).await.unwrap().settled);
+    // With others at the same time, which are settled all the same.
+    let settled = [&now[0], &now[1]].map(|debt| {
+        let v1::Debt { partition, revision, .. } = *debt;
+        v1::SettledDebt { partition, revision }
+    });
+    let r = v1::SettleDebtsRequest { pool, debts: settled.to_vec() };
+    assert_eq!(slow.settle_debts(r).await.unwrap().kept, [partition]);
+    assert_eq!(debts_left(&f).await, [partition]);
     assert_eq!(debts(&f).await[0].objects, 112);
     assert!(revision > seen[0].revision);
 }

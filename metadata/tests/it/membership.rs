@@ -70,8 +70,8 @@ fn uses(table: &v1::PlacementTable, n: usize) -> (Vec<u32>, Vec<u32>) {
 async fn settle(f: &Fixture, table: &v1::PlacementTable, partitions: &[u32]) {
     for &partition in partitions {
         let (pool, version) = (table.pool, table.version);
-        let r = v1::SettlePartitionRequest { pool, partition, version };
-        assert!(f.manager.settle_partition(r).await.unwrap().settled);
+        let r = v1::SettlePartitionsRequest { pool, partitions: vec![partition], version };
+        assert!(f.manager.settle_partitions(r).await.unwrap().settled);
     }
 }
 
@@ -162,10 +162,10 @@ async fn a_drained_node_leaves_the_tables_and_can_be_removed() {
     assert_eq!(parts.len(), 4);
     refused(remove(&f, 2).await, Kind::Precondition, &[&id(2)]);
 
-    let stale = v1::SettlePartitionRequest { pool: 2, partition: held[0], version: 1 };
-    assert!(!f.manager.settle_partition(stale).await.unwrap().settled);
-    let none = v1::SettlePartitionRequest { pool: 2, partition: 1024, version: 2 };
-    refused(f.manager.settle_partition(none).await, Kind::NotFound, &["1024"]);
+    let stale = v1::SettlePartitionsRequest { pool: 2, partitions: vec![held[0]], version: 1 };
+    assert!(!f.manager.settle_partitions(stale).await.unwrap().settled);
+    let none = v1::SettlePartitionsRequest { pool: 2, partitions: vec![1024], version: 2 };
+    refused(f.manager.settle_partitions(none).await, Kind::NotFound, &["1024"]);
     settle(&f, &next, &held).await;
     settle(&f, &next, &held[..1]).await;
     assert_eq!(uses(&table(&f).await, 2), (vec![], vec![]));

@@ -218,6 +218,41 @@ impl Fixture {
         all
     }
 
+    /// Every shard of a chunk, and its node.
+    pub(crate) fn all_shards(&self) -> BTreeSet<(usize, RecordKey)> {
+        let of = |(at, store): (usize, &Arc<ChunkStore>)| {
+            let (listed, _) = store.list(POOL, RecordKind::Chunk, None, usize::MAX);
+            let key = move |record: v1::ListedRecord| {
+                (at, RecordKey::try_from(&record.r#ref.unwrap()).unwrap())
+            };
+            listed.into_iter().map(key).collect::<Vec<_>>()
+        };
+        self.stores.iter().enumerate().flat_map(of).collect()
+    }
+
+    pub(crate) async fn lose_shard(&self, node: usize, key: RecordKey) {
+        let store = Arc::clone(&self.stores[node]);
+        let lost = tokio::task::spawn_blocking(move || store.delete(POOL, u64::MAX, &[key]));
+        assert_eq!(lost.await.unwrap().unwrap().deleted, 1);
+    }
+
+    /// A node's disk gives back another shard, with a checksum that fits.
+    pub(crate) async fn replace_shard(&self, node: usize, key: RecordKey) {
+        let store = Arc::clone(&self.stores[node]);
+        let replaced = tokio::task::spawn_blocking(move || {
+            let blobcr_repo_node::Fetched::Found(mut record) = store.get(POOL, key) else {
+                panic!("{key:?} is not there");
+            };
+            let mut payload = record.payload.to_vec();
+            *payload.last_mut().unwrap() ^= 1;
+            record.payload_crc32c = blobcr_proto::codec::crc32c(&payload);
+            record.payload = payload.into();
+            store.delete(POOL, u64::MAX, &[key]).unwrap();
+            store.put(POOL, 1, &[record]).unwrap();
+        });
+        replaced.await.unwrap();
+    }
+
     /// What the nodes hold, by node.
     pub(crate) fn held(&self) -> Vec<BTreeSet<Hash>> {
         let of_kind = |store: &ChunkStore, kind| {

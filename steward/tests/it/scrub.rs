@@ -43,3 +43,25 @@ fn position(fixture: &Fixture, found: &blobcr_steward::Scrub) -> usize {
     let id = fixture.stores[0].node_id();
     found.nodes.iter().position(|node| node.node == id).unwrap()
 }
+
+/// A shard that its node holds for right, and that does not fit the others; and one that is gone.
+#[tokio::test]
+async fn a_shard_that_lies_is_replaced() {
+    let fixture = Fixture::new(6, "ec:4+2").await;
+    fixture.import("image", &disk(b"abcdefgh")).await;
+    let whole = fixture.all_shards();
+    let (node, key) = *whole.iter().find(|(_, key)| key.shard == 2).unwrap();
+    fixture.replace_shard(node, key).await;
+    let (gone_at, gone) = *whole.iter().find(|(_, key)| key.shard == 5).unwrap();
+    fixture.lose_shard(gone_at, gone).await;
+    let found = scrub_all(&fixture).await.unwrap();
+    let sum = |of: fn(&blobcr_steward::Tally) -> u64| -> u64 {
+        found.nodes.iter().map(|node| of(&node.found)).sum()
+    };
+    assert_eq!((sum(|t| t.damaged), found.lost), (1, 0), "{found:?}");
+    assert!(sum(|t| t.mended) >= 2);
+    assert_eq!(fixture.all_shards(), whole);
+    let again = scrub_all(&fixture).await.unwrap();
+    assert_eq!(again.nodes.iter().map(|node| node.found.mended).sum::<u64>(), 0);
+    assert!(fixture.read("image", 1).await == disk(b"abcdefgh"));
+}

@@ -232,7 +232,7 @@ messages!(
     Lease, CheckpointSet, CreateImageRequest, CloneImageResponse, BeginSnapshotRequest,
     PublishSnapshotRequest, FailSnapshotRequest, ListSnapshotsResponse, PinSnapshotRequest,
     ListPinsResponse, ListRootsResponse, AcquireLeaseRequest, CreatePoolRequest,
-    RegisterNodeRequest, SettlePartitionRequest, ReportDebtRequest, Debt, AddToSetRequest,
+    RegisterNodeRequest, SettlePartitionsRequest, ReportDebtRequest, Debt, AddToSetRequest,
     Description, Disk, AttachDiskRequest, CheckpointDisksRequest, CheckpointDisksResponse,
     CheckpointReply, WaitStableRequest, WaitStableReply, VmStatusReply, AddVmRequest,
 );

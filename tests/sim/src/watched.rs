@@ -63,6 +63,13 @@ impl RecordStore for Watched {
         self.service.list(request).await
     }
 
+    async fn check(
+        &self,
+        request: Request<v1::CheckRequest>,
+    ) -> Result<Response<v1::CheckResponse>, Status> {
+        self.service.check(request).await
+    }
+
     async fn status(
         &self,
         request: Request<v1::NodeStatusRequest>,

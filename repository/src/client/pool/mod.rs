@@ -13,6 +13,7 @@ mod read_many;
 mod touch;
 mod write;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -79,6 +80,8 @@ impl PoolOpener for RemotePools {
             compressor: Arc::new(Compressor::new(compression, Arc::clone(&self.options.clock))),
             links: Arc::clone(&self.links),
             table: RwLock::new(None),
+            version: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
             refresh: tokio::sync::Mutex::new(None),
             chunk_pace: Pace::default(),
             node_pace: Pace::default(),
@@ -114,6 +117,9 @@ pub struct RemotePool {
     compressor: Arc<Compressor>,
     links: Arc<Links>,
     table: RwLock<Option<Known>>,
+    /// The version of the table in use, and the newest that a node has told of.
+    version: AtomicU64,
+    heard: AtomicU64,
     /// When the table was last asked for. Held while it is.
     refresh: tokio::sync::Mutex<Option<Instant>>,
     /// How long nodes take to answer: for chunks and for tree nodes.
@@ -136,16 +142,38 @@ impl RemotePool {
     /// was given. So once all leases from before a table have ended, nobody writes under an older
     /// one.
     async fn placement(&self, generation: u64) -> Result<Arc<Placement>, StoreError> {
-        let good = |known: &Known| known.generation >= generation;
+        let good = |known: &Known| {
+            known.generation >= generation
+                && known.placement.version() >= self.heard.load(Ordering::Relaxed)
+        };
         if let Some(known) = self.known().filter(good) {
             return Ok(known.placement);
         }
         let mut last = self.refresh.lock().await;
-        let known = self.known();
-        match known {
+        match self.known() {
             Some(known) if good(&known) => Ok(known.placement),
-            known => self.fetch(&mut last, known.as_ref(), generation).await,
+            Some(known) => {
+                let generation = generation.max(known.generation);
+                let newest = self.fetch(&mut last, Some(&known), generation).await;
+                // A node may be wrong about a newer one; an old one is good enough to read.
+                self.heard.store(0, Ordering::Relaxed);
+                match newest {
+                    Err(_) if known.generation >= generation => Ok(known.placement),
+                    newest => newest,
+                }
+            }
+            None => self.fetch(&mut last, None, generation).await,
         }
+    }
+
+    /// What a node is told: the table in use.
+    fn table_version(&self) -> u64 {
+        self.version.load(Ordering::Relaxed)
+    }
+
+    /// What a node tells: the newest table that it knows of.
+    fn heard_of(&self, newest_table: u64) {
+        self.heard.fetch_max(newest_table, Ordering::Relaxed);
     }
 
     /// Asks for the table again, unless somebody else has done so since `seen` was in force, or
@@ -189,6 +217,7 @@ impl RemotePool {
                 Arc::new(placement.map_err(|e| unavailable(e.to_string()))?)
             }
         };
+        self.version.store(placement.version(), Ordering::Relaxed);
         let known = Known { placement: Arc::clone(&placement), generation };
         *self.table.write().unwrap_or_else(PoisonError::into_inner) = Some(known);
         Ok(placement)

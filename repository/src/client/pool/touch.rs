@@ -41,8 +41,11 @@ impl RemotePool {
     ) -> Answer<Vec<bool>> {
         let key = |(at, place): &(usize, usize)| self.key_at(kind, ids[*at], *place).to_ref();
         let refs = places.iter().map(key).collect();
-        let request = v1::TouchRequest { pool: self.pool.id, generation, refs };
-        Ok(link.touch(request).await?.present)
+        let (pool, table_version) = (self.pool.id, self.table_version());
+        let request = v1::TouchRequest { pool, generation, refs, table_version };
+        let answer = link.touch(request).await?;
+        self.heard_of(answer.newest_table);
+        Ok(answer.present)
     }
 
     /// An object is there when every holder that answers has it, and those are as many as must be;

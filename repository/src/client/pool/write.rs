@@ -37,10 +37,12 @@ impl RemotePool {
             batch.objects.iter().map(|object| object.record_for(holder.place)).collect();
         let bytes = records.iter().map(|record| record.payload.len() as u64).sum();
         let sending = self.compressor.sending();
-        let request = v1::PutRequest { pool: self.pool.id, generation, records };
+        let (pool, table_version) = (self.pool.id, self.table_version());
+        let request = v1::PutRequest { pool, generation, records, table_version };
         let answer = holder.link.put(request).await;
-        if answer.is_ok() {
+        if let Ok(answer) = &answer {
             sending.done(bytes);
+            self.heard_of(answer.newest_table);
         }
         answer
     }

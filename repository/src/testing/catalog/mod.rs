@@ -189,12 +189,12 @@ catalog_of! {
     list_nodes(ListNodesRequest) -> ListNodesResponse: |s, _r| Ok(s.pools.nodes());
     drain_node(DrainNodeRequest) -> Node: |s, r| s.pools.drain(&r);
     remove_node(RemoveNodeRequest) -> Node: |s, r| s.pools.remove(&r);
-    settle_partition(SettlePartitionRequest) -> SettlePartitionResponse:
-        |_s, _r| Ok(v1::SettlePartitionResponse { settled: true });
+    settle_partitions(SettlePartitionsRequest) -> SettlePartitionsResponse:
+        |_s, _r| Ok(v1::SettlePartitionsResponse { settled: true });
     get_placement(GetPlacementRequest) -> PlacementTable: |s, r| s.pools.placement(&r);
     report_debt(ReportDebtRequest) -> ReportDebtResponse: |s, r| s.debts.report(&r, &s.pools);
     list_debt(ListDebtRequest) -> ListDebtResponse: |s, r| Ok(s.debts.list(&r));
-    settle_debt(SettleDebtRequest) -> SettleDebtResponse: |s, r| Ok(s.debts.settle(&r));
+    settle_debts(SettleDebtsRequest) -> SettleDebtsResponse: |s, r| Ok(s.debts.settle(&r));
     lead_steward(LeadStewardRequest) -> Steward: |s, r| Ok(s.steward.lead(r));
     get_steward(GetStewardRequest) -> Steward: |s, _r| Ok(s.steward.get());
     add_to_set(AddToSetRequest) -> CheckpointSet: |s, r| s.sets.add(r, &s.images);
