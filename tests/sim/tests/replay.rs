@@ -1,5 +1,4 @@
 //! A seed replays a run exactly, message for message.
-#![expect(clippy::unwrap_used, reason = "helpers of tests are tests too")]
 
 use std::process::Command;
 
