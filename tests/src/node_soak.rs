@@ -46,8 +46,8 @@ pub struct Options {
     pub nodes: (usize, usize),
     /// For how long nodes are killed.
     pub time: Duration,
-    /// How long repair may take after that; `None` leaves the wait for it out.
-    pub repair: Option<Duration>,
+    /// How long repair may take after that.
+    pub repair: Duration,
     /// Decides what is killed when, and what is written.
     pub seed: u64,
     /// Bytes of the disk.
@@ -63,7 +63,7 @@ impl Options {
     ///
     /// # Errors
     /// When there is no soak of this policy.
-    pub fn new(pool: &str, time: Duration, repair: Option<Duration>, seed: u64) -> Result<Self> {
+    pub fn new(pool: &str, time: Duration, repair: Duration, seed: u64) -> Result<Self> {
         let nodes = match pool {
             "replica:3" => (5, 1),
             "ec:4+2" => (7, 2),
@@ -83,7 +83,7 @@ pub struct Report {
     /// The most chunks that were seen to lack a copy at a time.
     pub degraded_max: u64,
     /// How long it took from the wiped node's return until nothing was owed and its old self was let go.
-    pub repaired_after: Option<Duration>,
+    pub repaired_after: Duration,
 }
 
 /// Does all of it. `say` is told what goes on.
@@ -122,15 +122,14 @@ pub fn soak(options: &Options, say: &dyn Fn(String)) -> Result<Report> {
     say(format!("{} snapshots were accepted, fio found every byte", made.len()));
 
     let (old, since) = wiped.context("a node was wiped")?;
-    let repair = options.repair.map(|limit| repaired(&roles, &old, limit, &mut report));
-    let repair = repair.map(|done| done.map(|()| since.elapsed()));
-    if let Some(Ok(after)) = repair {
+    let paid = repaired(&roles, &old, options.repair, &mut report).map(|()| since.elapsed());
+    if let Ok(after) = paid {
         say(format!("nothing is owed any more, {} s after it came back", after.as_secs()));
     }
     report.snapshots = made.len();
     // Also when repair took too long: nothing may be lost meanwhile.
     verify(&roles, &path, &made, say)?;
-    report.repaired_after = repair.transpose()?;
+    report.repaired_after = paid?;
     roles.stop()?;
     Ok(report)
 }
@@ -158,7 +157,7 @@ fn kill(
             report.kills += 1;
         }
         sleep(random.random_range(AWAY));
-        note_degraded(roles, report)?;
+        degraded(roles, report)?;
         for node in &some {
             roles.bring_back(Which::Node(*node))?;
         }
@@ -189,40 +188,36 @@ fn wipe(roles: &mut Roles, options: &Options, say: &dyn Fn(String)) -> Result<(S
     Ok((old, Instant::now()))
 }
 
-/// How many chunks lack a copy; `None` while it cannot be told.
-fn degraded(roles: &Roles) -> Result<Option<u64>> {
+/// How many chunks lack a copy, null while it cannot be told, and the repair of them.
+fn degraded(roles: &Roles, report: &mut Report) -> Result<(Value, Value)> {
     let ran = roles.run(Which::Metadata(0), &["--json", "status"])?;
     if ran.code == 5 {
         // A node died while it was asked.
-        return Ok(None);
+        return Ok((Value::Null, Value::Null));
     }
     ensure!(ran.code == 0, "status: {ran:?}");
-    let status: Value = serde_json::from_str(&ran.stdout)?;
-    Ok(status["degraded_chunks"].as_u64())
-}
-
-fn note_degraded(roles: &Roles, report: &mut Report) -> Result<Option<u64>> {
-    let now = degraded(roles)?;
-    report.degraded_max = report.degraded_max.max(now.unwrap_or_default());
-    Ok(now)
+    let mut status: Value = serde_json::from_str(&ran.stdout)?;
+    let now = status["degraded_chunks"].take();
+    report.degraded_max = report.degraded_max.max(now.as_u64().unwrap_or_default());
+    Ok((now, status["repair"].take()))
 }
 
 /// Waits until nothing is owed and the node that was lost may be removed.
 fn repaired(roles: &Roles, old: &str, limit: Duration, report: &mut Report) -> Result<()> {
     let (start, mut removed) = (Instant::now(), false);
     loop {
-        let owed = note_degraded(roles, report)?;
+        let (owed, repair) = degraded(roles, report)?;
         let mut said = String::new();
         if !removed {
             let ran = roles.run(Which::Metadata(0), &["node", "remove", old])?;
             removed = ran.code == 0;
             said = ran.stderr;
         }
-        if removed && owed == Some(0) {
+        if removed && owed == 0 {
             return Ok(());
         }
         let late = start.elapsed() > limit;
-        ensure!(!late, "repair took too long: {owed:?} chunks lack a copy; node remove: {said}");
+        ensure!(!late, "{owed} chunks lack a copy after {limit:?}; node remove: {said}; {repair}");
         sleep(ASK_EVERY);
     }
 }

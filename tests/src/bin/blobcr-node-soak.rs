@@ -32,7 +32,7 @@ fn options() -> Result<Options> {
         Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
     };
     let (time, repair) = (Duration::from_secs(60 * minutes), Duration::from_secs(repair));
-    Options::new(&pool, time, Some(repair), seed)
+    Options::new(&pool, time, repair, seed)
 }
 
 fn main() -> Result<()> {
