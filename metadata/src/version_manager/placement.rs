@@ -190,12 +190,23 @@ impl VersionManager {
         Ok(None)
     }
 
-    /// Nodes that partitions may be given to.
+    /// Nodes that partitions may be given to. Not one at whose address another was heard of since: in
+    /// one row, the two would be taken for two nodes, and one machine would get what is meant for both.
     fn places(&self, nodes: &[Held<NodeRecord>]) -> Vec<Candidate> {
         let fit = |node: &NodeRecord| {
             matches!(self.node_state(node), NodeState::Up | NodeState::Suspected)
         };
-        nodes.iter().map(|node| &node.value).filter(|node| fit(node)).map(candidate).collect()
+        let nodes = || nodes.iter().map(|node| &node.value);
+        let mut at: BTreeMap<&str, &NodeRecord> = BTreeMap::new();
+        for node in nodes().filter(|node| node.removed_unix_ms == 0) {
+            let newest = at.entry(&node.address).or_insert(node);
+            if node.last_seen_unix_ms > newest.last_seen_unix_ms {
+                *newest = node;
+            }
+        }
+        let there =
+            |node: &NodeRecord| at.get(node.address.as_str()).is_some_and(|n| n.id == node.id);
+        nodes().filter(|node| fit(node) && there(node)).map(candidate).collect()
     }
 
     async fn build_table(&self, pool: &PoolRecord) -> Result<(), Error> {

@@ -50,7 +50,7 @@ pub use blobcr_proto::planted::Bug;
 pub use content::Content;
 
 /// What to run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Settings {
     /// Decides everything.
     pub seed: u64,
@@ -58,13 +58,15 @@ pub struct Settings {
     pub plant: Option<Bug>,
     /// Keep all of the trace, and not only its end.
     pub whole_trace: bool,
+    /// Tell in the trace what becomes of the objects whose identities begin with this.
+    pub follows: Option<String>,
 }
 
 impl Settings {
     /// A plain run of `seed`.
     #[must_use]
     pub const fn of(seed: u64) -> Self {
-        Self { seed, plant: None, whole_trace: false }
+        Self { seed, plant: None, whole_trace: false, follows: None }
     }
 }
 
@@ -100,8 +102,8 @@ pub(crate) fn options(world: &World, host: &str) -> ConnectOptions {
 /// Runs a seed, in a thread of its own.
 #[must_use]
 pub fn simulate(settings: Settings) -> Verdict {
-    let Settings { seed, plant, whole_trace } = settings;
-    let trace = Trace::new(whole_trace);
+    let Settings { seed, plant, whole_trace, follows } = settings;
+    let trace = Trace::new(whole_trace, follows);
     let of_run = trace.clone();
     let (done, panic) = exact::run(seed, move || {
         planted::plant(plant);

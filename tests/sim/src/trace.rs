@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use blobcr_proto::Hash;
 use tokio::time::Instant;
 
 /// Lines that are kept unless all are wanted.
@@ -16,6 +17,8 @@ struct State {
     count: u64,
     lines: VecDeque<String>,
     keep: usize,
+    /// The first digits of the identity that is followed.
+    follows: Option<String>,
 }
 
 /// The trace; clones are the same one.
@@ -37,10 +40,10 @@ pub(crate) const FNV_BEGIN: u64 = 0xCBF2_9CE4_8422_2325;
 impl Trace {
     /// An empty one, which keeps its end, or all of it.
     #[must_use]
-    pub fn new(whole: bool) -> Self {
+    pub fn new(whole: bool, follows: Option<String>) -> Self {
         let keep = if whole { usize::MAX } else { LINES_KEPT };
         let (begin, lines) = (None, VecDeque::new());
-        Self(Arc::new(Mutex::new(State { begin, hash: FNV_BEGIN, count: 0, lines, keep })))
+        Self(Arc::new(Mutex::new(State { begin, hash: FNV_BEGIN, count: 0, lines, keep, follows })))
     }
 
     /// Adds a line, with the time since the first one.
@@ -55,6 +58,16 @@ impl Trace {
             state.lines.pop_front();
         }
         state.lines.push_back(line);
+    }
+
+    /// Adds a line about an object, if that is followed: one that does not count.
+    pub fn about(&self, id: &Hash, what: fmt::Arguments<'_>) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(follows) = &state.follows else { return };
+        if id.to_string().starts_with(follows) {
+            let since = Instant::now() - state.begin.unwrap_or_else(Instant::now);
+            state.lines.push_back(format!("{:>9.3} >>> {what}", since.as_secs_f64()));
+        }
     }
 
     /// A hash of all lines so far, and how many there were.

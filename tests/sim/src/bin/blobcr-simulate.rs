@@ -26,6 +26,9 @@ struct Args {
     /// Show the whole trace of a single seed
     #[arg(long, requires = "seed")]
     trace: bool,
+    /// Tell what becomes of the objects whose identities begin with these digits
+    #[arg(long, requires = "seed")]
+    follow: Option<String>,
     /// Go on after a seed that failed
     #[arg(long)]
     keep_going: bool,
@@ -63,7 +66,8 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let plant = args.plant.map(Bug::from);
     let Some(seed) = args.seed else { return many(&args, plant) };
-    let verdict = simulate(Settings { seed, plant, whole_trace: args.trace });
+    let verdict =
+        simulate(Settings { seed, plant, whole_trace: args.trace, follows: args.follow.clone() });
     let shown = if args.trace { usize::MAX } else { TRACE_SHOWN };
     show(&verdict, shown);
     println!("{} events, hash {:016x}", verdict.events, verdict.hash);

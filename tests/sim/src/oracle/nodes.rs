@@ -66,6 +66,10 @@ impl Oracle {
             {
                 state.tree_nodes.insert(key.1.id, plain);
             }
+            self.trace.about(
+                &key.1.id,
+                format_args!("node-{node} has shard {}, {}", key.1.shard, request.generation),
+            );
             state.nodes.entry(node).or_default().hold(key, request.generation);
         }
     }
@@ -76,6 +80,10 @@ impl Oracle {
         let facts = state.nodes.entry(node).or_default();
         for (wire, _) in request.refs.iter().zip(present).filter(|(_, present)| **present) {
             if let Some(key) = key(request.pool, wire) {
+                self.trace.about(
+                    &key.1.id,
+                    format_args!("node-{node} keeps shard {}, {}", key.1.shard, request.generation),
+                );
                 facts.hold(key, request.generation);
             }
         }
@@ -99,6 +107,10 @@ impl Oracle {
             else {
                 continue;
             };
+            self.trace.about(
+                &key.1.id,
+                format_args!("node-{node} loses shard {} of {generation}, {before}", key.1.shard),
+            );
             facts.held.remove(&key);
             facts.uncertain.insert(key);
             keys.insert(key);
