@@ -74,6 +74,12 @@ do_bench() {
   exec target/release/checkpoint_downtime "$@"
 }
 
+# figures FIGURE [ARGS]  Overhead, repair, status, collect, snapshots, or all: beside theory or alternative
+do_figures() {
+  cargo build --release --locked -p blobcr-cli -p blobcr-bench
+  exec target/release/repository_figures "$@"
+}
+
 # soak [MINUTES] Random operations, kills, fio and fsx against a mounted disk, seed after seed
 do_soak() {
   step "Install what is missing"

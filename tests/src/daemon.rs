@@ -153,10 +153,26 @@ impl Daemon {
 
 /// Empty for a role that serves at none.
 fn ready_address(said: &str) -> Option<&str> {
-    let (_, behind) = said.split_once(" is ready")?;
-    // The line must be whole.
-    let (line, _) = behind.split_once('\n')?;
-    line.strip_prefix(" at ").unwrap_or_default().split([',', ' ']).next()
+    // The line must be whole, and what a role says itself: parts of it log that they are ready, too.
+    let lines = said.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+    let mut ready = lines.filter_map(|line| line.strip_prefix("blobcr: ")?.split_once(" is ready"));
+    let (_, behind) = ready.next()?;
+    behind.trim_end().strip_prefix(" at ").unwrap_or_default().split([',', ' ']).next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_role_is_ready_when_it_says_so_in_a_whole_line() {
+        let log = "12:00 INFO proxy: checkpoint proxy is ready dir=/x\n";
+        assert_eq!(ready_address(log), None);
+        let log = format!("{log}blobcr: up is ready at 127.0.0.1:7, mount /m");
+        assert_eq!(ready_address(&log), None);
+        assert_eq!(ready_address(&format!("{log}\n")), Some("127.0.0.1:7"));
+        assert_eq!(ready_address("blobcr: steward is ready\n"), Some(""));
+    }
 }
 
 impl Drop for Daemon {
