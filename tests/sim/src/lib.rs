@@ -130,7 +130,7 @@ async fn run(seed: u64, trace: Trace) -> (Vec<String>, (u64, u64)) {
     match Cluster::start(&world).await {
         Some(mut cluster) => {
             let trouble = Trouble::new(&world, cluster.nodes.len());
-            let time = Duration::from_secs(world.dice.of(20..70));
+            let time = Duration::from_secs(world.dice.of(15..45));
             trouble.make(&mut cluster, time).await;
             if let Err(error) = cluster.settle().await {
                 world.oracle.violation(format!("the end went wrong: {error}"));

@@ -27,21 +27,51 @@ fn pass(seeds: Range<u64>) {
 }
 
 #[test]
-fn seeds_0_to_125() {
-    pass(0..125);
+fn seeds_0_to_50() {
+    pass(0..50);
 }
 
 #[test]
-fn seeds_125_to_250() {
-    pass(125..250);
+fn seeds_50_to_100() {
+    pass(50..100);
 }
 
 #[test]
-fn seeds_250_to_375() {
-    pass(250..375);
+fn seeds_100_to_150() {
+    pass(100..150);
 }
 
 #[test]
-fn seeds_375_to_500() {
-    pass(375..500);
+fn seeds_150_to_200() {
+    pass(150..200);
+}
+
+#[test]
+fn seeds_200_to_250() {
+    pass(200..250);
+}
+
+#[test]
+fn seeds_250_to_300() {
+    pass(250..300);
+}
+
+#[test]
+fn seeds_300_to_350() {
+    pass(300..350);
+}
+
+#[test]
+fn seeds_350_to_400() {
+    pass(350..400);
+}
+
+#[test]
+fn seeds_400_to_450() {
+    pass(400..450);
+}
+
+#[test]
+fn seeds_450_to_500() {
+    pass(450..500);
 }
