@@ -247,3 +247,33 @@ async fn what_is_on_a_node_that_is_away_alone_is_not_given_up() {
         assert!(pool.get(RecordKind::Chunk, &chunk(letter).id).await.is_ok(), "{letter}");
     }
 }
+
+/// A client learns of a new table from any node that another client has told of it.
+#[tokio::test]
+async fn a_client_with_an_old_table_is_told_so_by_the_nodes() {
+    let mut fixture = Fixture::new(2, "replica:1").await;
+    let (old, other) = (fixture.repository(), fixture.repository());
+    let pool = old.pool(POOL).await.unwrap();
+    let lease = fixture.lease().await;
+    for letter in b'a'..=b'h' {
+        pool.put(lease.generation, vec![chunk(letter)]).await.unwrap();
+    }
+    let new = fixture.add_node().await;
+    fixture.service.manager().place().await.unwrap();
+    // Its own lease is as old as the table that it has.
+    for letter in b'A'..=b'Z' {
+        pool.put(lease.generation, vec![chunk(letter)]).await.unwrap();
+    }
+    assert!(fixture.held()[new].is_empty(), "nobody has told it");
+    let others = other.pool(POOL).await.unwrap();
+    for letter in b'a'..=b'h' {
+        others.get(RecordKind::Chunk, &chunk(letter).id).await.unwrap();
+    }
+    for letter in b'a'..=b'h' {
+        pool.get(RecordKind::Chunk, &chunk(letter).id).await.unwrap();
+    }
+    for letter in 0x80..=0xFF {
+        pool.put(lease.generation, vec![chunk(letter)]).await.unwrap();
+    }
+    assert!(!fixture.held()[new].is_empty(), "a node has");
+}

@@ -13,7 +13,7 @@ mod read_many;
 mod touch;
 mod write;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ use blobcr_proto::policy::{Compression, Policy};
 use blobcr_proto::record::RecordKey;
 use blobcr_proto::v1::{self, RecordKind};
 use bytes::Bytes;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::ConnectOptions;
 use super::link::{Links, NodeLink};
@@ -38,6 +38,8 @@ use crate::{Catalog, CatalogError, Object, ObjectStore, StoreError, Stored};
 
 /// The placement table is asked for at most so often when nodes fail.
 const REFRESH_EVERY: Duration = Duration::from_millis(500);
+/// For the metadata service to answer when a node has told of a newer table: the old one still does.
+const HINT_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Opens the pools of a repository. Pools share the connections to their nodes.
 #[derive(Debug)]
@@ -82,6 +84,7 @@ impl PoolOpener for RemotePools {
             table: RwLock::new(None),
             version: AtomicU64::new(0),
             heard: AtomicU64::new(0),
+            deaf: AtomicBool::new(false),
             refresh: tokio::sync::Mutex::new(None),
             chunk_pace: Pace::default(),
             node_pace: Pace::default(),
@@ -120,6 +123,8 @@ pub struct RemotePool {
     /// The version of the table in use, and the newest that a node has told of.
     version: AtomicU64,
     heard: AtomicU64,
+    /// What nodes tell is not heard until the metadata service answers again.
+    deaf: AtomicBool,
     /// When the table was last asked for. Held while it is.
     refresh: tokio::sync::Mutex<Option<Instant>>,
     /// How long nodes take to answer: for chunks and for tree nodes.
@@ -152,16 +157,19 @@ impl RemotePool {
         let mut last = self.refresh.lock().await;
         match self.known() {
             Some(known) if good(&known) => Ok(known.placement),
-            Some(known) => {
-                let generation = generation.max(known.generation);
-                let newest = self.fetch(&mut last, Some(&known), generation).await;
-                // A node may be wrong about a newer one; an old one is good enough to read.
+            Some(known) if known.generation >= generation => {
+                let fetch = self.fetch(&mut last, Some(&known), known.generation);
+                let newest = timeout(HINT_DEADLINE, fetch).await;
+                // A node may be wrong about a newer one, and an old one is good enough: without the
+                // metadata service nobody waits for it twice.
                 self.heard.store(0, Ordering::Relaxed);
-                match newest {
-                    Err(_) if known.generation >= generation => Ok(known.placement),
-                    newest => newest,
-                }
+                let Ok(Ok(newest)) = newest else {
+                    self.deaf.store(true, Ordering::Relaxed);
+                    return Ok(known.placement);
+                };
+                Ok(newest)
             }
+            Some(known) => self.fetch(&mut last, Some(&known), generation).await,
             None => self.fetch(&mut last, None, generation).await,
         }
     }
@@ -173,7 +181,9 @@ impl RemotePool {
 
     /// What a node tells: the newest table that it knows of.
     fn heard_of(&self, newest_table: u64) {
-        self.heard.fetch_max(newest_table, Ordering::Relaxed);
+        if !self.deaf.load(Ordering::Relaxed) {
+            self.heard.fetch_max(newest_table, Ordering::Relaxed);
+        }
     }
 
     /// Asks for the table again, unless somebody else has done so since `seen` was in force, or
@@ -218,6 +228,7 @@ impl RemotePool {
             }
         };
         self.version.store(placement.version(), Ordering::Relaxed);
+        self.deaf.store(false, Ordering::Relaxed);
         let known = Known { placement: Arc::clone(&placement), generation };
         *self.table.write().unwrap_or_else(PoisonError::into_inner) = Some(known);
         Ok(placement)
