@@ -249,3 +249,19 @@ async fn a_node_is_not_removed_while_a_table_takes_it_in() {
     assert_eq!(slow.place().await.unwrap(), 0);
     assert_eq!(uses(&table(&f).await, 3), (vec![], vec![]));
 }
+
+/// A node comes back without its disk: another one at the address of the old, which is not down yet.
+#[tokio::test]
+async fn one_machine_is_never_two_nodes_of_a_row() {
+    let f = with_table(3).await;
+    f.clock.advance_ms(ms(SUSPECT_AFTER));
+    say_hello(&f, 0..2).await;
+    let again = v1::RegisterNodeRequest { address: "h2:1".to_owned(), ..registration(9) };
+    f.manager.register_node(again).await.unwrap();
+    assert!(states(&f).await.contains(&NodeState::Suspected), "the old one is not down");
+    assert_eq!(f.manager.place().await.unwrap(), 1);
+    let table = table(&f).await;
+    let (old, new) = (uses(&table, 2), uses(&table, 9));
+    assert_eq!(old.0, [0; 0], "its place is the new one's");
+    assert!(!old.1.is_empty() && !new.0.is_empty());
+}
