@@ -74,12 +74,32 @@ do_bench() {
   exec target/release/checkpoint_downtime "$@"
 }
 
+# figures FIGURE [ARGS]  Overhead, repair, status, collect, snapshots, or all: beside theory or alternative
+do_figures() {
+  cargo build --release --locked -p blobcr-cli -p blobcr-bench
+  exec target/release/repository_figures "$@"
+}
+
 # soak [MINUTES] Random operations, kills, fio and fsx against a mounted disk, seed after seed
 do_soak() {
   step "Install what is missing"
   tests/setup.sh
   cargo build --release --locked -p blobcr-cli -p blobcr-tests --bins
   exec target/release/blobcr-soak "$@"
+}
+
+# simulate [ARGS] Seeds of the deterministic simulation: --seed N, --seeds FROM..TO, --plant BUG
+do_simulate() {
+  cargo build --release --locked -p blobcr-sim --bins
+  exec target/release/blobcr-simulate "$@"
+}
+
+# node-soak [MINUTES] [--pool replica:3|ec:4+2]   Nodes killed at random, one wiped, under a verified load
+do_node-soak() {
+  step "Install what is missing"
+  tests/setup.sh
+  cargo build --release --locked -p blobcr-cli -p blobcr-tests --bins
+  exec target/release/blobcr-node-soak "$@"
 }
 
 # fuzz [S] [T..] Fuzz every decoder of disk and wire formats, or the targets T of tests/fuzz, for S (600) seconds each
@@ -130,7 +150,7 @@ fuzz_one() {
 
 # help           This list
 do_help() {
-  sed -n '/^# \([a-z]\+\) .*/{s/^# /  .\/do /;p}' "$0"
+  sed -n '/^# \([a-z-]\+\) .*/{s/^# /  .\/do /;p}' "$0"
 }
 
 step() { printf '\n== %s\n' "$*"; }

@@ -12,8 +12,10 @@ packages=(ca-certificates curl gcc libc6-dev binutils)
 packages+=(busybox-static cpio kmod e2fsprogs xz-utils)
 # What mounts, and what the tests look at the mount with.
 packages+=(fuse3 fio strace)
+# What puts processes of the tests into networks of their own, and ends them with their test.
+packages+=(iproute2 util-linux)
 # What builds the client of etcd, and the etcd that tests start by themselves on free ports.
-packages+=(protobuf-compiler etcd-server etcd-client)
+packages+=(protobuf-compiler libprotobuf-dev etcd-server etcd-client)
 # QEMU 9.2 is the first whose sockets reconnect within milliseconds.
 qemu_packages=(qemu-system-x86 qemu-utils)
 qemu_min=9.2

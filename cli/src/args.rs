@@ -73,6 +73,9 @@ pub enum Command {
         /// Bytes a second to read at most; 0: as fast as it goes
         #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "0")]
         rate: u64,
+        /// Let each node check its own copies by their checksums, and read only what is near damage
+        #[arg(long)]
+        quick: bool,
     },
     /// The state of the repository and of this host's disks
     Status,
@@ -393,6 +396,9 @@ pub struct StewardSchedule {
     /// Bytes a second that a scrub reads at most; 0: as fast as it goes
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "64M")]
     pub scrub_rate: u64,
+    /// Bytes a second that a repair reads at most; 0: as fast as it goes
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "128M")]
+    pub repair_rate: u64,
 }
 
 /// An hour: a collection reads all tree nodes, so it is not for every minute.

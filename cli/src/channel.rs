@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use blobcr_repository::ConnectOptions;
 use blobcr_repository::client::channel;
 use tonic::transport::Channel;
 
@@ -14,7 +15,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// # Errors
 /// When it is no address.
 pub fn lazy(address: &str) -> Result<Channel, Refusal> {
-    channel(address, CONNECT_TIMEOUT).map_err(|e| Refusal::new(Exit::Usage, e.to_string()))
+    let options = ConnectOptions { connect_timeout: CONNECT_TIMEOUT, ..ConnectOptions::default() };
+    channel(address, &options).map_err(|e| Refusal::new(Exit::Usage, e.to_string()))
 }
 
 /// A request with a deadline.

@@ -141,14 +141,14 @@ fn of_collect(error: &CollectError) -> Exit {
     match error {
         CollectError::Catalog(error) => of_catalog(error),
         CollectError::Tree { error, .. } => of_tree(error),
-        CollectError::Root { .. } => Exit::Integrity,
+        CollectError::Root { .. } | CollectError::Layout(_) => Exit::Integrity,
     }
 }
 
 const fn of_scrub(error: &ScrubError) -> Exit {
     match error {
         ScrubError::Catalog(error) => of_catalog(error),
-        ScrubError::Placement { .. } => Exit::Integrity,
+        ScrubError::Layout(_) => Exit::Integrity,
     }
 }
 

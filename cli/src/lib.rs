@@ -31,6 +31,7 @@ pub mod size;
 pub mod verbs;
 pub mod view;
 
+use blobcr_steward::ScrubOptions;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -95,7 +96,10 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Pool(verb) => verbs::pool::run(verb, &open().await?, output).await,
         Command::Node(verb) => verbs::node::run(verb, &open().await?, output).await,
         Command::Gc { dry_run } => Box::pin(verbs::gc::run(&open().await?, dry_run, output)).await,
-        Command::Scrub { rate } => Box::pin(verbs::scrub::run(&open().await?, rate, output)).await,
+        Command::Scrub { rate, quick } => {
+            let options = ScrubOptions { bytes_per_second: rate, quick };
+            Box::pin(verbs::scrub::run(&open().await?, options, output)).await
+        }
         Command::Status => verbs::status::run(&open().await?, output).await,
         Command::Doctor(args) => doctor::run(&args, global.endpoint.as_deref(), output).await,
         Command::Proxy(args) => role::proxy::run(args, output).await,

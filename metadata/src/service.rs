@@ -19,6 +19,7 @@ use crate::store::{MetaStore, Retry};
 use crate::tasks::Tasks;
 use crate::version_manager::VersionManager;
 use crate::version_manager::nodes::DOWN_AFTER_DEFAULT;
+use crate::version_manager::pools::PARTITIONS;
 
 /// What the service takes from outside.
 #[derive(Clone, Debug)]
@@ -30,6 +31,9 @@ pub struct Options {
     /// Nodes that were not heard of for so long are down; at least
     /// [`crate::version_manager::nodes::DOWN_AFTER_MIN`].
     pub down_after: Duration,
+    /// Partitions of new pools, a power of two: fewer than
+    /// [`crate::version_manager::pools::PARTITIONS`] only where tables must be small.
+    pub partitions: u32,
 }
 
 impl Default for Options {
@@ -38,6 +42,7 @@ impl Default for Options {
             clock: Arc::new(SystemClock),
             entropy: Arc::new(SystemEntropy),
             down_after: DOWN_AFTER_DEFAULT,
+            partitions: PARTITIONS,
         }
     }
 }
@@ -102,7 +107,8 @@ impl MetadataService {
     #[must_use]
     pub fn over(store: Arc<dyn MetaStore>, options: Options) -> Self {
         let manager = VersionManager::new(store, options.clock, options.entropy);
-        let manager = Arc::new(manager.with_down_after(options.down_after));
+        let manager = manager.with_down_after(options.down_after);
+        let manager = Arc::new(manager.with_partitions(options.partitions));
         let tasks = Arc::new(Mutex::new(Tasks::start(&manager)));
         Self { tasks, manager }
     }
@@ -204,11 +210,13 @@ pass_on! {
     list_nodes(v1::ListNodesRequest) -> v1::ListNodesResponse;
     drain_node(v1::DrainNodeRequest) -> v1::Node;
     remove_node(v1::RemoveNodeRequest) -> v1::Node;
-    settle_partition(v1::SettlePartitionRequest) -> v1::SettlePartitionResponse;
-    get_placement(v1::PoolRef) -> v1::PlacementTable;
+    settle_partitions(v1::SettlePartitionsRequest) -> v1::SettlePartitionsResponse;
+    get_placement(v1::GetPlacementRequest) -> v1::PlacementTable;
     report_debt(v1::ReportDebtRequest) -> v1::ReportDebtResponse;
     list_debt(v1::ListDebtRequest) -> v1::ListDebtResponse;
-    settle_debt(v1::SettleDebtRequest) -> v1::SettleDebtResponse;
+    settle_debts(v1::SettleDebtsRequest) -> v1::SettleDebtsResponse;
+    lead_steward(v1::LeadStewardRequest) -> v1::Steward;
+    get_steward(v1::GetStewardRequest) -> v1::Steward;
     add_to_set(v1::AddToSetRequest) -> v1::CheckpointSet;
     list_sets(v1::ListSetsRequest) -> v1::ListSetsResponse;
     latest_set(v1::LatestSetRequest) -> v1::CheckpointSet;

@@ -50,6 +50,7 @@ const PAGE: u32 = 1000;
 pub struct RepositoryUpstream {
     repository: Repository,
     limits: PersistLimits,
+    lease_ttl: Duration,
     jobs: Mutex<HashMap<SnapshotKey, Arc<Job>>>,
 }
 
@@ -69,6 +70,7 @@ struct Job {
 struct Lease {
     repository: Repository,
     holder: String,
+    ttl: Duration,
     keeper: Mutex<Option<Arc<LeaseKeeper>>>,
 }
 
@@ -77,14 +79,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Lease {
-    fn new(repository: &Repository, holder: &str) -> Self {
+    fn new(repository: &Repository, holder: &str, ttl: Duration) -> Self {
         let holder = holder.to_owned();
-        Self { repository: repository.clone(), holder, keeper: Mutex::default() }
+        Self { repository: repository.clone(), holder, ttl, keeper: Mutex::default() }
     }
 
     fn start(&self) -> Arc<LeaseKeeper> {
         let catalog = Arc::clone(self.repository.catalog());
-        Arc::new(LeaseKeeper::start(catalog, self.holder.clone(), SNAPSHOT_LEASE_TTL))
+        Arc::new(LeaseKeeper::start(catalog, self.holder.clone(), self.ttl))
     }
 
     /// A lease that lives, as far as is known here; waits for one.
@@ -156,14 +158,20 @@ impl RepositoryUpstream {
     #[must_use]
     pub fn new(repository: Repository, limits: PersistLimits) -> Self {
         let limits = PersistLimits { give_up_after: NEVER_GIVE_UP, ..limits };
-        Self { repository, limits, jobs: Mutex::default() }
+        Self { repository, limits, lease_ttl: SNAPSHOT_LEASE_TTL, jobs: Mutex::default() }
+    }
+
+    /// The same, with another time to live of each snapshot's lease.
+    #[must_use]
+    pub fn with_lease_ttl(self, lease_ttl: Duration) -> Self {
+        Self { lease_ttl, ..self }
     }
 
     fn job(&self, key: &SnapshotKey) -> Arc<Job> {
         let mut jobs = lock(&self.jobs);
         let make = || {
             Arc::new(Job {
-                lease: Arc::new(Lease::new(&self.repository, &key.writer)),
+                lease: Arc::new(Lease::new(&self.repository, &key.writer, self.lease_ttl)),
                 begun_under: Mutex::default(),
                 recorder: Mutex::default(),
             })

@@ -16,6 +16,8 @@ pub mod channel;
 pub mod codec;
 pub mod hash;
 pub mod name;
+#[cfg(feature = "planted-bugs")]
+pub mod planted;
 pub mod policy;
 pub mod record;
 pub mod units;

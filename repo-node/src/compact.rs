@@ -76,13 +76,26 @@ pub(crate) struct Compactor {
 /// whether to go on.
 pub(crate) type Pace<'a> = &'a mut dyn FnMut(Duration) -> bool;
 
+/// Has the writer do something, and waits for its answer.
+pub(crate) type Ask<'a> = &'a mut dyn FnMut(Work) -> Result<Outcome, StoreError>;
+
 impl Compactor {
     pub(crate) fn new(core: Arc<Core>) -> Self {
         Self { core, vain: HashMap::new(), unlinked: 0 }
     }
 
-    /// Compacts until nothing is worth it or `pace` says stop.
+    /// Compacts until nothing is worth it or `pace` says stop. The writer is a thread.
     pub(crate) fn run(&mut self, pace: Pace<'_>) -> Result<CompactionReport, StoreError> {
+        let core = Arc::clone(&self.core);
+        self.run_by(&mut |work| core.queue.push(work).wait(), pace)
+    }
+
+    /// The same, whatever the writer is.
+    pub(crate) fn run_by(
+        &mut self,
+        ask: Ask<'_>,
+        pace: Pace<'_>,
+    ) -> Result<CompactionReport, StoreError> {
         let mut report = CompactionReport::default();
         let mut looks = 0;
         while looks < VAIN_LOOKS_MAX {
@@ -93,7 +106,7 @@ impl Compactor {
                 self.vain.insert(segment.number, vain);
                 continue;
             }
-            match self.compact(&segment, pace, &mut report) {
+            match self.compact(&segment, ask, pace, &mut report) {
                 Ok(Compacted::Unlinked) => {
                     self.unlinked += 1;
                     self.vain.remove(&segment.number);
@@ -178,6 +191,7 @@ impl Compactor {
     fn compact(
         &self,
         segment: &Segment,
+        ask: Ask<'_>,
         pace: Pace<'_>,
         report: &mut CompactionReport,
     ) -> Result<Compacted, StoreError> {
@@ -195,7 +209,7 @@ impl Compactor {
             }
             bytes += frame_len(entry.stored_len);
             if bytes >= STEP_BYTES || step.len() >= STEP_RECORDS {
-                self.carry(std::mem::take(&mut step))?;
+                carry(ask, std::mem::take(&mut step))?;
                 report.carried_bytes += bytes;
                 let rate = self.core.options.compact_bytes_per_second.max(1);
                 if !pace(Duration::from_secs_f64(bytes as f64 / rate as f64)) {
@@ -204,7 +218,7 @@ impl Compactor {
                 bytes = 0;
             }
         }
-        self.carry(step)?;
+        carry(ask, step)?;
         report.carried_bytes += bytes;
         if unreadable || segment.live_records() > 0 {
             return Ok(Compacted::Unreadable);
@@ -231,16 +245,6 @@ impl Compactor {
                 self.core.mark_damaged(&key, from, &error);
                 None
             }
-        }
-    }
-
-    fn carry(&self, step: Vec<Carried>) -> Result<(), StoreError> {
-        if step.is_empty() {
-            return Ok(());
-        }
-        match self.core.queue.push(Work::Carry(step)).wait()? {
-            Outcome::Carried => Ok(()),
-            other => unreachable!("a carry is answered by {other:?}"),
         }
     }
 
@@ -278,6 +282,16 @@ enum Compacted {
     /// Something in it cannot be read.
     Unreadable,
     Stopped,
+}
+
+fn carry(ask: Ask<'_>, step: Vec<Carried>) -> Result<(), StoreError> {
+    if step.is_empty() {
+        return Ok(());
+    }
+    match ask(Work::Carry(step))? {
+        Outcome::Carried => Ok(()),
+        other => unreachable!("a carry is answered by {other:?}"),
+    }
 }
 
 fn dead_fraction(len: u64, used: u64) -> f64 {

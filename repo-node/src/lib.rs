@@ -9,6 +9,8 @@
 //! | `recovery` | from files to an index at start, and what was found wrong |
 //! | `compact` | winning back the room of what was deleted |
 //! | `disk` | the file system, as a trait that tests replace |
+//! | `stepper` | the work of the store's threads, for who decides when each step happens |
+//! | `testing` | a disk that loses, tears, flips and fails (feature `testing`) |
 //! | `service` | the gRPC service |
 //!
 //! *Invariants.* Only the writer's thread appends, changes the index and answers. The index never
@@ -28,7 +30,11 @@ mod read;
 mod recovery;
 mod segments;
 pub mod service;
+mod stepper;
 pub mod store;
+mod tables;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod writer;
 
 pub use compact::CompactionReport;
@@ -38,4 +44,5 @@ pub use options::Options;
 pub use queue::{DeleteOutcome, PutOutcome};
 pub use recovery::{Finding, RecoveryReport};
 pub use service::{server_builder, service};
+pub use stepper::Stepper;
 pub use store::{ChunkStore, Counters, Fetched};

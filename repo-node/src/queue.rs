@@ -1,11 +1,11 @@
 //! What waits for the writer: a bounded queue of jobs, and the promises of their answers.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 
 use blobcr_proto::v1::Codec;
 use bytes::Bytes;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use crate::error::StoreError;
 use crate::format::segment::RecordHeader;
@@ -116,6 +116,11 @@ impl Pending {
         self.0.blocking_recv().unwrap_or(Err(StoreError::Closed))
     }
 
+    /// The answer, when it is there.
+    pub(crate) fn now(mut self) -> Result<Outcome, StoreError> {
+        self.0.try_recv().unwrap_or(Err(StoreError::Closed))
+    }
+
     /// Waits in a task.
     pub(crate) async fn wait_async(self) -> Result<Outcome, StoreError> {
         self.0.await.unwrap_or(Err(StoreError::Closed))
@@ -135,6 +140,8 @@ pub(crate) struct Queue {
     state: Mutex<State>,
     arrived: Condvar,
     taken: Condvar,
+    /// Tells a [`crate::Stepper`] of jobs, when there is no thread.
+    stepper: OnceLock<Arc<Notify>>,
 }
 
 impl Queue {
@@ -156,8 +163,21 @@ impl Queue {
             state.jobs.push_back(job);
             drop(state);
             self.arrived.notify_one();
+            if let Some(stepper) = self.stepper.get() {
+                stepper.notify_one();
+            }
         }
         Pending(pending)
+    }
+
+    /// From now on jobs are announced to a task as well.
+    pub(crate) fn announce(&self) -> Arc<Notify> {
+        Arc::clone(self.stepper.get_or_init(Arc::default))
+    }
+
+    /// Whether a task takes the jobs, and not a thread.
+    pub(crate) fn is_stepped(&self) -> bool {
+        self.stepper.get().is_some()
     }
 
     /// Waits for jobs and takes as many as make one group. `None` once the queue is closed and
@@ -165,7 +185,16 @@ impl Queue {
     pub(crate) fn take(&self) -> Option<Vec<Job>> {
         let state = self.state.lock().expect("no holder of this lock panics");
         let idle = |state: &mut State| state.jobs.is_empty() && !state.closed;
-        let mut state = self.arrived.wait_while(state, idle).expect("no holder panics");
+        let state = self.arrived.wait_while(state, idle).expect("no holder panics");
+        self.take_group(state)
+    }
+
+    /// Takes as many of the jobs that are there as make one group; `None` when there are none.
+    pub(crate) fn take_now(&self) -> Option<Vec<Job>> {
+        self.take_group(self.state.lock().expect("no holder of this lock panics"))
+    }
+
+    fn take_group(&self, mut state: MutexGuard<'_, State>) -> Option<Vec<Job>> {
         let (mut jobs, mut bytes) = (Vec::new(), 0);
         while let Some(job) = state.jobs.front() {
             let more = job.work.bytes();

@@ -15,6 +15,7 @@ use tonic::{Request, Response, Status};
 
 use crate::error::StoreError;
 use crate::store::{ChunkStore, Fetched, delete_outcome, put_outcome, touch_outcome};
+use crate::tables::Tables;
 
 /// Records or refs in one request: what a 16 MiB message holds of small tree nodes, about.
 pub const RECORDS_PER_REQUEST_MAX: usize = 65_536;
@@ -57,14 +58,7 @@ pub fn server_builder() -> tonic::transport::Server {
 /// The service over `store`.
 #[must_use]
 pub fn service(store: Arc<ChunkStore>) -> RecordStoreServer<NodeService> {
-    let semaphore = Semaphore::new;
-    let service = NodeService {
-        store,
-        puts: semaphore(PUTS_IN_FLIGHT_MAX),
-        gets: semaphore(GETS_IN_FLIGHT_MAX),
-        small: semaphore(SMALL_IN_FLIGHT_MAX),
-    };
-    RecordStoreServer::new(service)
+    RecordStoreServer::new(NodeService::new(store))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX)
 }
@@ -75,14 +69,30 @@ pub struct NodeService {
     puts: Semaphore,
     gets: Semaphore,
     small: Semaphore,
+    tables: Tables,
 }
 
 impl NodeService {
-    /// Runs `work` on a thread that may block.
+    /// The service over `store`, to be wrapped; [`service`] is ready to be mounted.
+    #[must_use]
+    pub fn new(store: Arc<ChunkStore>) -> Self {
+        Self {
+            store,
+            puts: Semaphore::new(PUTS_IN_FLIGHT_MAX),
+            gets: Semaphore::new(GETS_IN_FLIGHT_MAX),
+            small: Semaphore::new(SMALL_IN_FLIGHT_MAX),
+            tables: Tables::default(),
+        }
+    }
+
+    /// Runs `work` on a thread that may block, if the store has threads at all.
     async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&ChunkStore) -> Result<T, Status> + Send + 'static,
     ) -> Result<T, Status> {
+        if self.store.is_stepped() {
+            return work(&self.store);
+        }
         let store = Arc::clone(&self.store);
         tokio::task::spawn_blocking(move || work(&store))
             .await
@@ -124,6 +134,13 @@ fn keys(refs: &[v1::RecordRef]) -> Result<Vec<RecordKey>, Status> {
         .map_err(|error| StoreError::from(error).into())
 }
 
+fn known_kind(kind: v1::RecordKind) -> Result<v1::RecordKind, Status> {
+    match kind {
+        v1::RecordKind::Unspecified => Err(Status::invalid_argument("unknown kind of record")),
+        kind => Ok(kind),
+    }
+}
+
 #[tonic::async_trait]
 impl RecordStore for NodeService {
     async fn put(
@@ -131,13 +148,14 @@ impl RecordStore for NodeService {
         request: Request<v1::PutRequest>,
     ) -> Result<Response<v1::PutResponse>, Status> {
         let _permit = permit(&self.puts).await?;
-        let v1::PutRequest { pool, generation, records } = request.into_inner();
+        let v1::PutRequest { pool, generation, records, table_version } = request.into_inner();
+        let newest_table = self.tables.newest(pool, table_version);
         check_count(records.len())?;
         let pending =
             self.blocking(move |store| Ok(store.begin_put(pool, generation, &records)?)).await?;
         let done = put_outcome(pending.wait_async().await?)?;
-        let response = v1::PutResponse { stored: done.stored, stored_bytes: done.stored_bytes };
-        Ok(Response::new(response))
+        let (stored, stored_bytes) = (done.stored, done.stored_bytes);
+        Ok(Response::new(v1::PutResponse { stored, stored_bytes, newest_table }))
     }
 
     async fn get(
@@ -145,10 +163,11 @@ impl RecordStore for NodeService {
         request: Request<v1::GetRequest>,
     ) -> Result<Response<v1::GetResponse>, Status> {
         let _permit = permit(&self.gets).await?;
-        let v1::GetRequest { pool, refs } = request.into_inner();
+        let v1::GetRequest { pool, refs, table_version } = request.into_inner();
+        let newest_table = self.tables.newest(pool, table_version);
         let keys = keys(&refs)?;
         let found = self.blocking(move |store| get(store, pool, &keys)).await?;
-        Ok(Response::new(v1::GetResponse { found }))
+        Ok(Response::new(v1::GetResponse { found, newest_table }))
     }
 
     async fn touch(
@@ -156,12 +175,13 @@ impl RecordStore for NodeService {
         request: Request<v1::TouchRequest>,
     ) -> Result<Response<v1::TouchResponse>, Status> {
         let _permit = permit(&self.small).await?;
-        let v1::TouchRequest { pool, generation, refs } = request.into_inner();
+        let v1::TouchRequest { pool, generation, refs, table_version } = request.into_inner();
+        let newest_table = self.tables.newest(pool, table_version);
         let keys = keys(&refs)?;
         let pending =
             self.blocking(move |store| Ok(store.begin_touch(pool, generation, &keys))).await?;
         let present = touch_outcome(pending.wait_async().await?)?;
-        Ok(Response::new(v1::TouchResponse { present }))
+        Ok(Response::new(v1::TouchResponse { present, newest_table }))
     }
 
     async fn delete(
@@ -184,10 +204,7 @@ impl RecordStore for NodeService {
     ) -> Result<Response<v1::ListResponse>, Status> {
         let _permit = permit(&self.small).await?;
         let request = request.into_inner();
-        let kind = request.kind();
-        if kind == v1::RecordKind::Unspecified {
-            return Err(Status::invalid_argument("unknown kind of record"));
-        }
+        let kind = known_kind(request.kind())?;
         let after = request.after.as_ref().map(RecordKey::try_from).transpose();
         let after = after.map_err(StoreError::from)?;
         let limit = match request.limit as usize {
@@ -197,6 +214,21 @@ impl RecordStore for NodeService {
         let (records, more) =
             self.blocking(move |store| Ok(store.list(request.pool, kind, after, limit))).await?;
         Ok(Response::new(v1::ListResponse { records, more }))
+    }
+
+    async fn check(
+        &self,
+        request: Request<v1::CheckRequest>,
+    ) -> Result<Response<v1::CheckResponse>, Status> {
+        let _permit = permit(&self.gets).await?;
+        let request = request.into_inner();
+        let kind = known_kind(request.kind())?;
+        let after = request.after.as_ref().map(RecordKey::try_from).transpose();
+        let after = after.map_err(StoreError::from)?;
+        let checked = self
+            .blocking(move |store| Ok(store.check(request.pool, kind, after, request.limit_bytes)))
+            .await?;
+        Ok(Response::new(checked))
     }
 
     async fn status(

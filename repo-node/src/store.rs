@@ -19,11 +19,16 @@ use crate::queue::{Checked, DeleteOutcome, Outcome, Pending, PutOutcome, Work};
 use crate::read::read_record;
 use crate::recovery::{RecoveryReport, recover};
 use crate::segments::Segment;
+use crate::stepper::Stepper;
 use crate::writer::Writer;
 
 /// How often a read looks again for a record that compaction moved while it looked. Each time costs
 /// compaction a whole segment, so a second time is rare already.
 const READ_ATTEMPTS_MAX: usize = 16;
+
+/// Bytes that are checked for one request at most, and records: a quarter of a second of a disk.
+const CHECK_BYTES: u64 = 32 << 20;
+const CHECK_RECORDS: usize = 4096;
 
 /// Segments are begun anew at 32 GiB at the latest: half of what a place in one can name.
 const SEGMENT_BYTES_MAX: u64 = 32 << 30;
@@ -103,15 +108,48 @@ impl ChunkStore {
     /// As [`ChunkStore::open`].
     pub fn open_on(
         disk: Arc<dyn Disk>,
-        mut options: Options,
+        options: Options,
     ) -> Result<(Self, RecoveryReport), OpenError> {
+        let interval = options.maintenance_interval;
+        let (store, writer, report) = Self::recovered(disk, options, StoreId(rand::random()))?;
+        store.spawn("blobcr-append", move || writer.run())?;
+        if let Some(interval) = interval {
+            let (compactor, maintenance) = (store.compactor.clone(), store.maintenance.clone());
+            store.spawn("blobcr-compact", move || maintain(&compactor, &maintenance, interval))?;
+        }
+        Ok((store, report))
+    }
+
+    /// Opens the store on `disk`, or makes one there with the identity `fresh`; without threads of
+    /// its own: nothing is written but in the steps of the [`Stepper`]. Of the store's calls those
+    /// that wait for the writer (`put`, `touch`, `delete`, `compact`) are then not for the thread
+    /// that steps; its service runs on that thread alone.
+    ///
+    /// # Errors
+    /// As [`ChunkStore::open`].
+    pub fn open_stepped(
+        disk: Arc<dyn Disk>,
+        options: Options,
+        fresh: StoreId,
+    ) -> Result<(Self, Stepper, RecoveryReport), OpenError> {
+        let (store, writer, report) = Self::recovered(disk, options, fresh)?;
+        let arrived = store.core.queue.announce();
+        let compactor = Arc::clone(&store.compactor);
+        let stepper = Stepper { core: Arc::clone(&store.core), writer, compactor, arrived };
+        Ok((store, stepper, report))
+    }
+
+    fn recovered(
+        disk: Arc<dyn Disk>,
+        mut options: Options,
+        fresh: StoreId,
+    ) -> Result<(Self, Writer, RecoveryReport), OpenError> {
         options.segment_bytes = options.segment_bytes.min(SEGMENT_BYTES_MAX);
-        let recovered = recover(&*disk, StoreId(rand::random()))?;
+        let recovered = recover(&*disk, fresh)?;
         let report = recovered.report;
         for finding in &report.findings {
             tracing::warn!(%finding, "recovery");
         }
-        let interval = options.maintenance_interval;
         let (index, segments) = (recovered.index, recovered.segments);
         let core = Arc::new(Core::new(disk, options, recovered.store, index, segments));
         let writer = Writer::new(Arc::clone(&core), recovered.tail, recovered.next_segment);
@@ -122,12 +160,12 @@ impl ChunkStore {
             threads: Mutex::default(),
             findings: report.findings.iter().map(ToString::to_string).collect(),
         };
-        store.spawn("blobcr-append", move || writer.run())?;
-        if let Some(interval) = interval {
-            let (compactor, maintenance) = (store.compactor.clone(), store.maintenance.clone());
-            store.spawn("blobcr-compact", move || maintain(&compactor, &maintenance, interval))?;
-        }
-        Ok((store, report))
+        Ok((store, writer, report))
+    }
+
+    /// Whether the store has no threads of its own.
+    pub(crate) fn is_stepped(&self) -> bool {
+        self.core.queue.is_stepped()
     }
 
     fn spawn(&self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), OpenError> {
@@ -269,6 +307,35 @@ impl ChunkStore {
             stored_bytes: crate::format::segment::frame_len(state.stored_len),
         };
         (records.into_iter().map(listed).collect(), more)
+    }
+
+    /// Reads records of one kind in order, beginning behind `after`, until about `limit_bytes` have
+    /// been read (0: as many as [`CHECK_BYTES`]), and checks each as far as its checksum goes.
+    #[must_use]
+    pub fn check(
+        &self,
+        pool: u32,
+        kind: v1::RecordKind,
+        after: Option<RecordKey>,
+        limit_bytes: u64,
+    ) -> v1::CheckResponse {
+        let limit_bytes = if limit_bytes == 0 { CHECK_BYTES } else { limit_bytes.min(CHECK_BYTES) };
+        let (records, mut more) = self.core.index.list(pool, kind, after, CHECK_RECORDS);
+        let mut done = v1::CheckResponse::default();
+        for (key, state) in records {
+            if done.bytes >= limit_bytes {
+                more = true;
+                break;
+            }
+            if matches!(self.get(pool, key), Fetched::Damaged) {
+                done.damaged.push(key.to_ref());
+            }
+            done.records += 1;
+            done.bytes += u64::from(state.stored_len);
+            done.last = Some(key.to_ref());
+        }
+        done.more = more;
+        done
     }
 
     /// How the store is.

@@ -124,12 +124,14 @@ pub trait Catalog: Send + Sync + 'static {
     ) -> Result<v1::ListNodesResponse, CatalogError>;
     async fn drain_node(&self, request: v1::DrainNodeRequest) -> Result<v1::Node, CatalogError>;
     async fn remove_node(&self, request: v1::RemoveNodeRequest) -> Result<v1::Node, CatalogError>;
-    async fn settle_partition(
+    async fn settle_partitions(
         &self,
-        request: v1::SettlePartitionRequest,
-    ) -> Result<v1::SettlePartitionResponse, CatalogError>;
-    async fn get_placement(&self, request: v1::PoolRef)
-    -> Result<v1::PlacementTable, CatalogError>;
+        request: v1::SettlePartitionsRequest,
+    ) -> Result<v1::SettlePartitionsResponse, CatalogError>;
+    async fn get_placement(
+        &self,
+        request: v1::GetPlacementRequest,
+    ) -> Result<v1::PlacementTable, CatalogError>;
     async fn report_debt(
         &self,
         request: v1::ReportDebtRequest,
@@ -138,10 +140,18 @@ pub trait Catalog: Send + Sync + 'static {
         &self,
         request: v1::ListDebtRequest,
     ) -> Result<v1::ListDebtResponse, CatalogError>;
-    async fn settle_debt(
+    async fn settle_debts(
         &self,
-        request: v1::SettleDebtRequest,
-    ) -> Result<v1::SettleDebtResponse, CatalogError>;
+        request: v1::SettleDebtsRequest,
+    ) -> Result<v1::SettleDebtsResponse, CatalogError>;
+    async fn lead_steward(
+        &self,
+        request: v1::LeadStewardRequest,
+    ) -> Result<v1::Steward, CatalogError>;
+    async fn get_steward(
+        &self,
+        request: v1::GetStewardRequest,
+    ) -> Result<v1::Steward, CatalogError>;
     async fn add_to_set(
         &self,
         request: v1::AddToSetRequest,

@@ -2,6 +2,7 @@
 
 use std::sync::LazyLock;
 
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::Semaphore;
 
 /// Below so many bytes hashing, coding and decoding take less time than moving to another thread.
@@ -12,15 +13,13 @@ static CORES: LazyLock<Semaphore> =
     LazyLock::new(|| Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));
 
 /// Runs `work`, which touches about `bytes` bytes, off the threads of the asynchronous runtime
-/// (unless it is little).
+/// (unless it is little, or that has one thread only: a simulation, whose course no other thread
+/// may decide).
 ///
 /// # Panics
 /// When `work` does.
-pub(crate) async fn run<T: Send + 'static>(
-    bytes: usize,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> T {
-    if bytes <= INLINE_BYTES {
+pub async fn run<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> T {
+    if bytes <= INLINE_BYTES || Handle::current().runtime_flavor() == RuntimeFlavor::CurrentThread {
         return work();
     }
     let _core = CORES.acquire().await.expect("the semaphore is never closed");

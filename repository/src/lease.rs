@@ -118,6 +118,7 @@ fn ends(asked: Instant, lease: &v1::Lease, ttl: Duration) -> Instant {
 impl Keeper {
     async fn run(self, mut stop: watch::Receiver<bool>) {
         tokio::select! {
+            biased;
             () = self.keep() => {}
             // An error means that the owner is gone: the same.
             _ = stop.wait_for(|stop| *stop) => {}

@@ -16,7 +16,7 @@ pub mod catalog;
 pub mod client;
 pub mod clock;
 pub mod compression;
-mod cpu;
+pub mod cpu;
 pub mod import;
 pub mod lease;
 pub mod nodes;

@@ -79,6 +79,34 @@ impl Placement {
             && addresses(&self.nodes) == addresses(&other.nodes)
     }
 
+    /// Indices into [`Self::nodes`] of the nodes that hold a partition, first choice first.
+    #[must_use]
+    pub fn row(&self, partition: usize) -> &[u32] {
+        &self.partitions[partition]
+    }
+
+    /// Indices into [`Self::nodes`] of the nodes that held a partition before, while data moves.
+    #[must_use]
+    pub fn moving_from(&self, partition: usize) -> &[u32] {
+        &self.readers[partition][self.partitions[partition].len()..]
+    }
+
+    /// How many partitions there are: a power of two.
+    #[must_use]
+    pub fn partitions(&self) -> usize {
+        self.partitions.len()
+    }
+
+    /// The last identity before those of a partition; `None` for the first.
+    #[must_use]
+    pub fn before(&self, partition: usize) -> Option<Hash> {
+        let bits = self.partitions.len().trailing_zeros();
+        let first = (partition as u64).checked_shl(u64::BITS - bits).unwrap_or(0);
+        let mut id = [0xFF; Hash::LEN];
+        id[..8].copy_from_slice(&first.checked_sub(1)?.to_be_bytes());
+        Some(Hash(id))
+    }
+
     /// The partition of an object: the upper bits of its identity.
     #[must_use]
     pub fn partition(&self, id: &Hash) -> usize {

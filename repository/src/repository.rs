@@ -32,6 +32,7 @@ pub struct Repository(Arc<Inner>);
 struct Inner {
     catalog: Arc<dyn Catalog>,
     opener: Arc<dyn PoolOpener>,
+    options: ConnectOptions,
     pools: Mutex<HashMap<u32, OpenPool>>,
 }
 
@@ -59,13 +60,28 @@ impl Repository {
         options: ConnectOptions,
     ) -> Result<Self, CatalogError> {
         let catalog = RemoteCatalog::new(addresses, &options)?;
-        Ok(Self::new(Arc::new(catalog), Arc::new(RemotePools::new(options))))
+        let pools = RemotePools::new(options.clone());
+        Ok(Self::over(Arc::new(catalog), Arc::new(pools), options))
     }
 
     /// A repository over any catalog and pools.
     #[must_use]
     pub fn new(catalog: Arc<dyn Catalog>, pools: Arc<dyn PoolOpener>) -> Self {
-        Self(Arc::new(Inner { catalog, opener: pools, pools: Mutex::default() }))
+        Self::over(catalog, pools, ConnectOptions::default())
+    }
+
+    fn over(
+        catalog: Arc<dyn Catalog>,
+        opener: Arc<dyn PoolOpener>,
+        options: ConnectOptions,
+    ) -> Self {
+        Self(Arc::new(Inner { catalog, opener, options, pools: Mutex::default() }))
+    }
+
+    /// How servers are connected to, for who talks to one past its pool.
+    #[must_use]
+    pub fn options(&self) -> &ConnectOptions {
+        &self.0.options
     }
 
     /// The mutable facts.

@@ -9,6 +9,8 @@
 //! left on different nodes would not fit together. So a writer's codec must depend on nothing but
 //! the plain bytes.
 
+mod recover;
+
 use blobcr_proto::codec::{PLAIN_LEN_MAX, crc32c};
 use blobcr_proto::policy::Policy;
 use blobcr_proto::record::{RecordError, RecordKey, check_payload};

@@ -4,13 +4,12 @@ use std::time::Duration;
 
 use blobcr_proto::v1::record_store_client::RecordStoreClient;
 use blobcr_proto::{Hash, MESSAGE_BYTES_MAX, v1};
+use blobcr_repository::ConnectOptions;
 use blobcr_repository::client::channel;
 use tokio::time::timeout;
 use tonic::transport::Channel;
 use tonic::{Response, Status};
 
-/// For a connection to come about.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// For one answer: a delete waits for its group's sync, a get for a busy disk.
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -34,10 +33,13 @@ pub(crate) struct Node {
 impl Node {
     /// Connects, and asks the node who it is: at the address of one that is gone, a node of another
     /// repository may answer, and nothing of that must be touched.
-    pub(crate) async fn open(registered: v1::Node) -> Result<Self, NodeError> {
+    pub(crate) async fn open(
+        registered: v1::Node,
+        options: &ConnectOptions,
+    ) -> Result<Self, NodeError> {
         let failed = |detail: String| NodeError { address: registered.address.clone(), detail };
-        let channel = channel(&registered.address, CONNECT_TIMEOUT)
-            .map_err(|error| failed(error.to_string()))?;
+        let channel =
+            channel(&registered.address, options).map_err(|error| failed(error.to_string()))?;
         let client = RecordStoreClient::new(channel)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -101,13 +103,37 @@ impl Node {
         self.ask(|mut client| async move { client.delete(timed(request)).await }).await
     }
 
+    /// Has the node read about so many bytes of its records, and tell which are damaged.
+    pub(crate) async fn check(
+        &self,
+        pool: u32,
+        kind: v1::RecordKind,
+        after: Option<v1::RecordRef>,
+        limit_bytes: u64,
+    ) -> Result<v1::CheckResponse, NodeError> {
+        let request = v1::CheckRequest { pool, kind: kind.into(), after, limit_bytes };
+        self.ask(|mut client| async move { client.check(timed(request)).await }).await
+    }
+
     pub(crate) async fn get(
         &self,
         pool: u32,
         refs: Vec<v1::RecordRef>,
     ) -> Result<Vec<v1::Found>, NodeError> {
-        let request = v1::GetRequest { pool, refs };
+        let request = v1::GetRequest { pool, refs, table_version: 0 };
         Ok(self.ask(|mut client| async move { client.get(timed(request)).await }).await?.found)
+    }
+
+    /// Raises records to a generation; tells which of them the node has.
+    pub(crate) async fn touch(
+        &self,
+        pool: u32,
+        generation: u64,
+        refs: Vec<v1::RecordRef>,
+    ) -> Result<Vec<bool>, NodeError> {
+        let request = v1::TouchRequest { pool, generation, refs, table_version: 0 };
+        let done = self.ask(|mut client| async move { client.touch(timed(request)).await });
+        Ok(done.await?.present)
     }
 
     pub(crate) async fn put(
@@ -116,7 +142,7 @@ impl Node {
         generation: u64,
         records: Vec<v1::Record>,
     ) -> Result<v1::PutResponse, NodeError> {
-        let request = v1::PutRequest { pool, generation, records };
+        let request = v1::PutRequest { pool, generation, records, table_version: 0 };
         self.ask(|mut client| async move { client.put(timed(request)).await }).await
     }
 }

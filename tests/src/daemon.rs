@@ -88,7 +88,7 @@ impl Daemon {
         }
     }
 
-    /// Where it serves.
+    /// Where it serves; empty for a role that serves nobody.
     #[must_use]
     pub fn address(&self) -> &str {
         &self.address
@@ -151,11 +151,13 @@ impl Daemon {
     }
 }
 
+/// Empty for a role that serves at none.
 fn ready_address(said: &str) -> Option<&str> {
-    let (_, behind) = said.split_once(" is ready at ")?;
-    // The line must be whole.
-    let (line, _) = behind.split_once('\n')?;
-    line.split([',', ' ']).next()
+    // The line must be whole, and what a role says itself: parts of it log that they are ready, too.
+    let lines = said.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+    let mut ready = lines.filter_map(|line| line.strip_prefix("blobcr: ")?.split_once(" is ready"));
+    let (_, behind) = ready.next()?;
+    behind.trim_end().strip_prefix(" at ").unwrap_or_default().split([',', ' ']).next()
 }
 
 impl Drop for Daemon {
@@ -172,8 +174,11 @@ mod tests {
 
     #[test]
     fn the_address_is_read_from_a_whole_line() {
+        // Parts of a role log that they are ready, too.
+        assert_eq!(ready_address("INFO proxy: checkpoint proxy is ready dir=/x\n"), None);
         assert_eq!(ready_address("x\nblobcr: up is ready at 1.2.3.4:5, mo"), None);
         let line = "x\nblobcr: up is ready at 1.2.3.4:5, mount /m\n";
         assert_eq!(ready_address(line), Some("1.2.3.4:5"));
+        assert_eq!(ready_address("blobcr: steward is ready\n"), Some(""));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -13,13 +13,15 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::daemon::wait_until;
+use crate::network::{Host, Network};
 
 /// Where files cost no sync of a disk: an etcd on the disk of a busy machine is slow beyond measure.
 const IN_MEMORY: &str = "/dev/shm";
 /// Room that it needs there: etcd takes 64 MiB for each member's log at once, and keeps another.
 const ROOM_BYTES: u64 = 1 << 30;
-/// Ports are free when they are chosen, and may be taken by another test before they are used.
-const STARTS_MAX: u32 = 10;
+/// Of each member's host.
+const CLIENT_PORT: u16 = 0;
+const PEER_PORT: u16 = 1;
 /// A member that answers does so within this.
 const ANSWER: Duration = Duration::from_secs(2);
 
@@ -27,9 +29,18 @@ const ANSWER: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 struct Member {
     name: String,
-    client: SocketAddr,
-    peer: SocketAddr,
+    host: Host,
     child: Option<Child>,
+}
+
+impl Member {
+    fn client(&self) -> SocketAddr {
+        self.host.address(CLIENT_PORT)
+    }
+
+    fn peer(&self) -> SocketAddr {
+        self.host.address(PEER_PORT)
+    }
 }
 
 /// See the module. Must be started and kept by the thread of the test: the members end when the thread
@@ -38,10 +49,6 @@ struct Member {
 pub struct Etcd {
     members: Vec<Member>,
     dir: TempDir,
-}
-
-fn free_port() -> Result<SocketAddr> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
 }
 
 /// Whether the member says that it can serve, which needs a leader.
@@ -63,17 +70,15 @@ impl Etcd {
     /// # Errors
     /// When etcd is not installed, or does not start.
     pub fn start(members: usize) -> Result<Self> {
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            match Self::try_start(members) {
-                Err(error) if tries < STARTS_MAX && format!("{error:#}").contains("in use") => {}
-                done => return done,
-            }
-        }
+        let mut network = Network::loopback();
+        Self::start_on((0..members).map(|_| network.host()).collect::<Result<_>>()?)
     }
 
-    fn try_start(members: usize) -> Result<Self> {
+    /// The same, with a member on each of these hosts.
+    ///
+    /// # Errors
+    /// When etcd is not installed, or does not start.
+    pub fn start_on(hosts: Vec<Host>) -> Result<Self> {
         let mut builder = tempfile::Builder::new();
         let builder = builder.prefix("blobcr-etcd-");
         let in_memory = Path::new(IN_MEMORY);
@@ -82,11 +87,8 @@ impl Etcd {
             0..ROOM_BYTES => builder.tempdir(),
             _ => builder.tempdir_in(in_memory),
         }?;
-        let member = |number| {
-            let name = format!("m{number}");
-            Ok(Member { name, client: free_port()?, peer: free_port()?, child: None })
-        };
-        let members = (1..=members).map(member).collect::<Result<_>>()?;
+        let member = |(number, host)| Member { name: format!("m{number}"), host, child: None };
+        let members = (1..).zip(hosts).map(member).collect();
         let mut etcd = Self { members, dir };
         for at in 0..etcd.members.len() {
             etcd.spawn(at)?;
@@ -100,24 +102,25 @@ impl Etcd {
     fn spawn(&mut self, at: usize) -> Result<()> {
         let url = |address: SocketAddr| format!("http://{address}");
         let cluster: Vec<String> =
-            self.members.iter().map(|m| format!("{}={}", m.name, url(m.peer))).collect();
+            self.members.iter().map(|m| format!("{}={}", m.name, url(m.peer()))).collect();
         let log = File::options().create(true).append(true).open(self.log_of(at))?;
         let member = &mut self.members[at];
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "etcd", "--name", &member.name]);
         command.arg("--data-dir").arg(self.dir.path().join(&member.name));
         for (option, value) in [
-            ("--listen-client-urls", url(member.client)),
-            ("--advertise-client-urls", url(member.client)),
-            ("--listen-peer-urls", url(member.peer)),
-            ("--initial-advertise-peer-urls", url(member.peer)),
+            ("--listen-client-urls", url(member.client())),
+            ("--advertise-client-urls", url(member.client())),
+            ("--listen-peer-urls", url(member.peer())),
+            ("--initial-advertise-peer-urls", url(member.peer())),
             ("--initial-cluster", cluster.join(",")),
         ] {
             command.args([option, &value]);
         }
         // Options in the environment would win over none, and refuse some.
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let child = member.host.enter(|| command.spawn())?;
         member.child = Some(child.context("start etcd under setpriv")?);
         Ok(())
     }
@@ -135,8 +138,20 @@ impl Etcd {
                 let said = fs::read_to_string(&log).unwrap_or_default();
                 bail!("etcd ended with {status}; tests/setup.sh installs it:\n{said}");
             }
-            Ok(is_healthy(member.client))
+            member.host.enter(|| is_healthy(member.client()))
         })
+    }
+
+    /// Where a member lives.
+    #[must_use]
+    pub fn host(&self, at: usize) -> &Host {
+        &self.members[at].host
+    }
+
+    /// How many members it has.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.members.len()
     }
 
     /// What `--store` takes, for the repository `name`.
@@ -150,7 +165,7 @@ impl Etcd {
     pub fn target_from(&self, first: usize, name: &str) -> String {
         let (before, after) = self.members.split_at(first % self.members.len());
         let members = after.iter().chain(before);
-        let urls: Vec<String> = members.map(|m| format!("http://{}", m.client)).collect();
+        let urls: Vec<String> = members.map(|m| format!("http://{}", m.client())).collect();
         format!("etcd:{}#{name}", urls.join(","))
     }
 
@@ -206,10 +221,11 @@ impl Etcd {
     }
 
     fn etcdctl(&self, args: &[&str]) -> Result<String> {
-        let at = self.members.first().context("no member")?.client.to_string();
+        let member = self.members.first().context("no member")?;
+        let at = member.client().to_string();
         let mut command = Command::new("etcdctl");
         command.env("ETCDCTL_API", "3").args(["--endpoints", &at]).args(args);
-        let ran = command.output().context("start etcdctl")?;
+        let ran = member.host.enter(|| command.output())?.context("start etcdctl")?;
         ensure!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
         Ok(String::from_utf8(ran.stdout)?)
     }

@@ -9,9 +9,12 @@
 //! | [`integrity`] | what holds for every byte: random operations, and testers by others |
 //! | [`guest_image`] | the smallest real guest, built from Debian's packages |
 //! | [`mounted`] | an attached disk: its file and its ioctls |
+//! | [`network`] | where processes live: loopback, or a network namespace each |
+//! | [`node_soak`] | nodes that die under load, for as long as one likes |
 //! | [`roles`] | the roles as processes, each of which can go away and come back |
 //! | [`scenario`] | the main job, end to end: what the demo shows and the tests assert |
 //! | [`vm`] | a virtual machine under QEMU |
+//! | [`writer`] | what writes and commits in the place of a guest, and knows what must be there |
 
 pub mod cluster;
 pub mod daemon;
@@ -20,6 +23,9 @@ pub mod etcd;
 pub mod guest_image;
 pub mod integrity;
 pub mod mounted;
+pub mod network;
+pub mod node_soak;
 pub mod roles;
 pub mod scenario;
 pub mod vm;
+pub mod writer;

@@ -20,7 +20,10 @@ fn pages() -> BTreeMap<PathBuf, String> {
     let root = repository_root();
     let mut names: Vec<PathBuf> = vec!["README.md".into(), "ARCHITECTURE.md".into()];
     for entry in fs::read_dir(root.join("docs")).unwrap() {
-        names.push(Path::new("docs").join(entry.unwrap().file_name()));
+        let name = Path::new("docs").join(entry.unwrap().file_name());
+        if name.extension().is_some_and(|end| end == "md") {
+            names.push(name);
+        }
     }
     assert!(names.len() > 7, "{names:?}");
     names
@@ -155,7 +158,8 @@ fn every_do_command_that_is_named_is_there() {
     let mut seen = BTreeSet::new();
     for (page, text) in pages() {
         for rest in text.split("./do ").skip(1) {
-            let end = rest.find(|c: char| !c.is_ascii_lowercase()).unwrap_or(rest.len());
+            let end =
+                rest.find(|c: char| c != '-' && !c.is_ascii_lowercase()).unwrap_or(rest.len());
             let name = &rest[..end];
             assert!(list.contains(&format!("\ndo_{name}() {{")), "{}: ./do {name}", page.display());
             seen.insert(name.to_owned());

@@ -11,7 +11,7 @@ use blobcr_guest::{Ask, Client, Deadline, Target};
 use blobcr_tests::cluster::Cluster;
 use blobcr_tests::disk_file::{noise, sparse};
 use blobcr_tests::mounted::MountedDisk;
-use blobcr_tests::roles::{Outage, Roles, Which};
+use blobcr_tests::roles::{Outage, Plan, Roles, Which};
 use rustix::process::Signal;
 
 const FORKS: u64 = 50;
@@ -44,15 +44,15 @@ fn own_writes(number: u64) -> [(u64, Vec<u8>); 3] {
 
 #[test]
 fn forks_of_one_snapshot_differ_where_they_were_written_and_share_the_rest() -> Result<()> {
-    let mut roles = Roles::start(|_| Ok(()))?;
+    let mut roles = Roles::start(&Plan::default(), |_| Ok(()))?;
     let base = noise(77, BASE as usize);
     let raw = sparse(&roles.dir().join("base.raw"), BASE, &[(0, &base)])?;
     roles.json(&["image", "import", raw.to_str().context("ASCII")?, "base"])?;
     let forks: Vec<_> =
-        (0..FORKS).map(|n| roles.attach("base@1", &format!("f{n}"))).collect::<Result<_>>()?;
+        (0..FORKS).map(|n| roles.attach(0, "base@1", &format!("f{n}"))).collect::<Result<_>>()?;
     assert!(fs::read(&forks[0])? == base);
     // From here on there is nobody to fetch a chunk from: the one fork has fetched for all.
-    roles.take_away(Which::Node, Outage::Killed)?;
+    roles.take_away(Which::Node(0), Outage::Killed)?;
     let mut models = Vec::new();
     for (number, path) in forks.iter().enumerate() {
         let disk = MountedDisk::open(path, false)?;
@@ -66,24 +66,24 @@ fn forks_of_one_snapshot_differ_where_they_were_written_and_share_the_rest() -> 
     for (number, path) in forks.iter().enumerate() {
         assert!(fs::read(path)? == models[number], "fork {number}");
     }
-    let cache = allocated_below(&roles.dir().join("mirror/cache"))?;
+    let cache = allocated_below(&roles.dir().join("mirror1/cache"))?;
     assert!(cache < BASE + BASE / 4, "{cache} bytes of the cache for {BASE} of data");
     // Three short writes, their maps and journals each; a copy of the base would be 8 MiB.
-    let own = allocated_below(&roles.dir().join("mirror/disks"))? / FORKS;
+    let own = allocated_below(&roles.dir().join("mirror1/disks"))? / FORKS;
     assert!(own < BASE / 16, "{own} bytes for each fork");
 
     // Each has snapshots of its own, which hold what it holds.
     let mut made = Vec::new();
-    roles.bring_back(Which::Node)?;
+    roles.bring_back(Which::Node(0))?;
     for path in &forks {
         made.push(MountedDisk::open(path, false)?.commit()?);
     }
     for (number, one) in made.iter().enumerate() {
         roles.wait_stable(&one.name())?;
-        let file = roles.mount().join(format!("images/{}/{}.raw", one.image, one.number));
+        let file = roles.mount(0).join(format!("images/{}/{}.raw", one.image, one.number));
         assert!(fs::read(file)? == models[number], "{} of fork {number}", one.name());
     }
-    assert!(fs::read(roles.mount().join("images/base/1.raw"))? == base);
+    assert!(fs::read(roles.mount(0).join("images/base/1.raw"))? == base);
     roles.stop()
 }
 

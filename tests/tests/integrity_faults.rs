@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use blobcr_tests::daemon::wait_until;
 use blobcr_tests::disk_file::{noise, sparse};
 use blobcr_tests::mounted::MountedDisk;
-use blobcr_tests::roles::{Outage, Roles, Which};
+use blobcr_tests::roles::{Outage, Plan, Roles, Which};
 
 const MIB: usize = 1 << 20;
 const SIZE: usize = 16 * MIB;
@@ -36,10 +36,10 @@ fn write(disk: &MountedDisk, model: &mut [u8], offset: usize, bytes: &[u8]) -> R
 
 /// Takes a process away while a disk is written, read and committed, and brings it back.
 fn away(which: Which, outage: Outage) -> Result<()> {
-    let mut roles = Roles::start(|_| Ok(()))?;
+    let mut roles = Roles::start(&Plan::default(), |_| Ok(()))?;
     let mut model = noise(5, SIZE);
     import(&roles, &model)?;
-    let path = roles.attach("base", "d")?;
+    let path = roles.attach(0, "base", "d")?;
     let disk = MountedDisk::open(&path, false)?;
     // The CLONE needs the repository once; the first chunk is fetched.
     disk.commit_stable()?;
@@ -70,7 +70,7 @@ fn away(which: Which, outage: Outage) -> Result<()> {
         // Part of a sector that is absent: the rest of it must be fetched, or waits to be.
         let writer = scope.spawn(|| disk.file().write_all_at(b"partial", 13 * MIB as u64 + 77));
         std::thread::sleep(AWAY);
-        let waited = which != Which::Node || !reader.is_finished();
+        let waited = which != Which::Node(0) || !reader.is_finished();
         roles.bring_back(which)?;
         ensure!(waited, "a chunk was read though there is nobody who has it");
         let read = reader.join().expect("the reader does not panic")?;
@@ -81,7 +81,7 @@ fn away(which: Which, outage: Outage) -> Result<()> {
     ensure!(read == model[absent..absent + read.len()], "what was absent reads otherwise");
     model[13 * MIB + 77..13 * MIB + 77 + wrote.len()].copy_from_slice(wrote);
     roles.wait_stable(&made.name())?;
-    let file = roles.mount().join(format!("images/{}/{}.raw", made.image, made.number));
+    let file = roles.mount(0).join(format!("images/{}/{}.raw", made.image, made.number));
     ensure!(fs::read(file)? == committed, "{} is not the disk as it was", made.name());
     ensure!(fs::read(&path)? == model, "the disk is not what was written");
     drop(disk);
@@ -90,22 +90,22 @@ fn away(which: Which, outage: Outage) -> Result<()> {
 
 #[test]
 fn a_node_that_does_not_answer_is_waited_for() -> Result<()> {
-    away(Which::Node, Outage::Paused)
+    away(Which::Node(0), Outage::Paused)
 }
 
 #[test]
 fn a_node_that_died_is_waited_for() -> Result<()> {
-    away(Which::Node, Outage::Killed)
+    away(Which::Node(0), Outage::Killed)
 }
 
 #[test]
 fn a_metadata_server_that_does_not_answer_is_waited_for() -> Result<()> {
-    away(Which::Metadata, Outage::Paused)
+    away(Which::Metadata(0), Outage::Paused)
 }
 
 #[test]
 fn a_metadata_server_that_died_is_waited_for() -> Result<()> {
-    away(Which::Metadata, Outage::Killed)
+    away(Which::Metadata(0), Outage::Killed)
 }
 
 /// A small file system in memory; needs root, as do mounts of any kind but FUSE's.
@@ -141,7 +141,7 @@ const LARGE: usize = 96 * MIB;
 
 fn roles_with_little_room(role: &str) -> Result<(Roles, PathBuf)> {
     let mut at = PathBuf::new();
-    let roles = Roles::start(|dir| {
+    let roles = Roles::start(&Plan::default(), |dir| {
         at = dir.join(role);
         small_file_system(&at, ROOM)
     })?;
@@ -153,11 +153,11 @@ fn a_full_local_disk_refuses_writes_and_loses_nothing() -> Result<()> {
     if !can_mount() {
         return Ok(());
     }
-    let (roles, small) = roles_with_little_room("mirror")?;
+    let (roles, small) = roles_with_little_room("mirror1")?;
     let mut model = vec![0; LARGE];
     model[..MIB].copy_from_slice(&noise(3, MIB));
     import(&roles, &model)?;
-    let path = roles.attach("base", "d")?;
+    let path = roles.attach(0, "base", "d")?;
     let disk = MountedDisk::open(&path, false)?;
     let mut refused = None;
     for (number, offset) in (0..LARGE).step_by(MIB).enumerate() {
@@ -193,7 +193,7 @@ fn a_full_local_disk_refuses_writes_and_loses_nothing() -> Result<()> {
     write(&disk, &mut model, refused, &noise(200, 2 * MIB)).context("write with room again")?;
     disk.file().sync_all().context("flush with room again")?;
     let made = disk.commit_stable().with_context(|| roles.log())?;
-    let file = roles.mount().join(format!("images/{}/{}.raw", made.image, made.number));
+    let file = roles.mount(0).join(format!("images/{}/{}.raw", made.image, made.number));
     ensure!(fs::read(file)? == model, "{} is not the disk", made.name());
     ensure!(fs::read(&path)? == model, "the disk is not what was written");
     drop(disk);
@@ -205,10 +205,10 @@ fn a_full_node_holds_a_snapshot_up_and_loses_nothing() -> Result<()> {
     if !can_mount() {
         return Ok(());
     }
-    let (roles, small) = roles_with_little_room("repo-node")?;
+    let (roles, small) = roles_with_little_room("repo-node1")?;
     let mut model = vec![0; LARGE];
     import(&roles, &model)?;
-    let path = roles.attach("base", "d")?;
+    let path = roles.attach(0, "base", "d")?;
     let disk = MountedDisk::open(&path, false)?;
     write(&disk, &mut model, 7, &noise(1, 5000))?;
     let small_one = disk.commit_stable()?;
@@ -234,7 +234,7 @@ fn a_full_node_holds_a_snapshot_up_and_loses_nothing() -> Result<()> {
     roles.wait_stable(&large_one.name())?;
     let last = disk.commit_stable()?;
     for (made, model) in [(small_one, &small_model), (large_one, &large_model), (last, &model)] {
-        let file = roles.mount().join(format!("images/{}/{}.raw", made.image, made.number));
+        let file = roles.mount(0).join(format!("images/{}/{}.raw", made.image, made.number));
         ensure!(fs::read(file)? == *model, "{} is not the disk as it was", made.name());
     }
     drop(disk);

@@ -7,7 +7,7 @@ use anyhow::Result;
 use blobcr_tests::cluster::Cluster;
 use blobcr_tests::disk_file::{noise, sparse};
 use blobcr_tests::integrity::tools::{Engine, fio, fsx};
-use blobcr_tests::integrity::{check_snapshots, with_commits};
+use blobcr_tests::integrity::{COMMIT_EVERY, check_snapshots, with_commits};
 use rustix::process::Signal;
 
 const SIZE: u64 = 32 << 20;
@@ -25,7 +25,7 @@ fn with_disk() -> Result<(Cluster, PathBuf)> {
 fn fio_verifies(engine: Engine) -> Result<()> {
     let (mut cluster, path) = with_disk()?;
     let time = Duration::from_secs(5);
-    let made = with_commits(&path, || fio(&path, SIZE, engine, time, 1))?;
+    let made = with_commits(&path, COMMIT_EVERY, || fio(&path, SIZE, engine, time, 1, None))?;
     assert!(made.len() > 3, "COMMITs ran beside fio: {}", made.len());
     check_snapshots(&cluster, &path, &made)?;
     cluster.stop(Signal::TERM)
@@ -50,7 +50,7 @@ fn fio_verifies_with_plain_calls_while_commits_run() -> Result<()> {
 fn fsx_finds_nothing_while_commits_run() -> Result<()> {
     let (mut cluster, path) = with_disk()?;
     for seed in [1, 2] {
-        let made = with_commits(&path, || fsx(&path, 1500, seed))?;
+        let made = with_commits(&path, COMMIT_EVERY, || fsx(&path, 1500, seed))?;
         assert!(made.len() > 1, "COMMITs ran beside fsx");
         check_snapshots(&cluster, &path, &made)?;
     }

@@ -1,24 +1,20 @@
 //! Metadata on an etcd: several servers, any one of which may die, and a member of the etcd as well.
 
-use std::collections::BTreeSet;
-use std::fs;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use anyhow::{Context, Result, ensure};
-use blobcr_tests::cluster::{json, mounts_below, run};
-use blobcr_tests::daemon::{Daemon, wait_until};
-use blobcr_tests::disk_file::{noise, same, sparse};
+use anyhow::{Context, Result};
+use blobcr_tests::cluster::{json, run};
+use blobcr_tests::daemon::Daemon;
+use blobcr_tests::disk_file::{noise, sparse};
 use blobcr_tests::etcd::Etcd;
+use blobcr_tests::roles::{Outage, Plan, Roles, Which};
+use blobcr_tests::writer::Writer;
 use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-const DISK_BYTES: u64 = 32 << 20;
-/// What one round writes, at a place of its own.
-const WRITE_BYTES: usize = 300_000;
-/// Checkpoints between two deaths.
+const DISK_BYTES: u64 = 8 << 20;
+/// COMMITs between two deaths.
 const BETWEEN: usize = 8;
 
 fn text(path: &Path) -> &str {
@@ -45,113 +41,43 @@ fn node(dir: &Path, name: &str, metadata: &str) -> Result<Daemon> {
     role(dir, name, &args)
 }
 
-fn mirror(dir: &Path, metadata: &str) -> Result<Daemon> {
-    let (own, mount) = (dir.join("mirror"), dir.join("mnt"));
-    let args = ["--listen", "127.0.0.1:0", "--dir", text(&own), "--metadata", metadata];
-    role(dir, "mirror", &[&args[..], &["--mount", text(&mount)]].concat())
-}
-
 fn raw(dir: &Path) -> Result<PathBuf> {
     let pieces: [(u64, &[u8]); 1] = [(123_456, &noise(5, 2 << 20))];
     sparse(&dir.join("raw"), DISK_BYTES, &pieces)
 }
 
-/// Writes and checkpoints until it is told to stop. Returns every number that was given.
-fn checkpoints(
-    mirror: &str,
-    disk: &Path,
-    made: &AtomicUsize,
-    stop: &AtomicBool,
-) -> Result<(String, Vec<u64>)> {
-    let file = fs::File::options().write(true).open(disk)?;
-    let (mut image, mut numbers) = (String::new(), Vec::new());
-    for round in 0.. {
-        if stop.load(Ordering::SeqCst) {
-            break;
-        }
-        let at = round * 777_777 % (DISK_BYTES - WRITE_BYTES as u64);
-        file.write_all_at(&noise(round, WRITE_BYTES), at)?;
-        let accepted = json(mirror.as_ref(), &["disk", "checkpoint", "d1"])?;
-        image = accepted["image"].as_str().context("no image")?.to_owned();
-        numbers.push(accepted["snapshot"].as_u64().context("no number")?);
-        made.fetch_add(1, Ordering::SeqCst);
-    }
-    Ok((image, numbers))
-}
-
-fn wait_more(made: &AtomicUsize, stopped: impl Fn() -> bool) -> Result<()> {
-    let from = made.load(Ordering::SeqCst);
-    wait_until("more checkpoints are accepted", || {
-        ensure!(!stopped(), "the loop has ended");
-        Ok(made.load(Ordering::SeqCst) >= from + BETWEEN)
-    })
-}
-
-/// One server and then one member of the etcd are killed while checkpoints are made: every snapshot that
-/// was accepted becomes stable, and no number is given twice.
+/// One server and then one member of the etcd are killed while a disk is committed: every snapshot that was
+/// accepted becomes stable, and no number is given twice.
 #[test]
 fn commits_survive_the_death_of_a_server_and_of_a_member() -> Result<()> {
-    let mut etcd = Etcd::start(3)?;
-    let dir = scratch()?;
-    let first = server(dir.path(), "metadata1", &etcd.target_from(0, "repo"))?;
-    let second = server(dir.path(), "metadata2", &etcd.target_from(1, "repo"))?;
-    let both = format!("{},{}", first.address(), second.address());
-    let nodes: Vec<Daemon> = (1..=3)
-        .map(|number| node(dir.path(), &format!("repo-node{number}"), &both))
-        .collect::<Result<_>>()?;
-    let mirror = mirror(dir.path(), &both)?;
-    let at = mirror.address().to_owned();
-    json(at.as_ref(), &["image", "import", text(&raw(dir.path())?), "base"])?;
-    let attached = json(at.as_ref(), &["disk", "attach", "base", "d1"])?;
-    let disk = PathBuf::from(attached["path"].as_str().context("no path")?);
-
-    let (made, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let (image, mut numbers) = std::thread::scope(|scope| -> Result<_> {
-        let writer = scope.spawn(|| checkpoints(&at, &disk, &made, &stop));
-        let deaths = (|| {
-            wait_more(&made, || writer.is_finished())?;
-            first.kill()?;
-            wait_more(&made, || writer.is_finished())?;
-            // The one that the living server asks first.
-            etcd.kill(1)?;
-            wait_more(&made, || writer.is_finished())
-        })();
-        stop.store(true, Ordering::SeqCst);
-        let outcome = writer.join().map_err(|_| anyhow::anyhow!("the loop panicked"))?;
-        deaths.and(outcome)
-    })
-    .with_context(|| format!("{}\n{}", mirror.log(), second.log()))?;
-
-    let last = json(at.as_ref(), &["disk", "checkpoint", "d1", "--wait"])?;
-    assert_eq!(last["state"], "stable");
-    numbers.push(last["snapshot"].as_u64().context("no number")?);
-    let unique: BTreeSet<u64> = numbers.iter().copied().collect();
-    assert_eq!(unique.len(), numbers.len(), "{numbers:?}");
-    assert!(numbers.is_sorted() && numbers.len() > 3 * BETWEEN, "{numbers:?}");
-    // Asked of the server that lives, not through the mirror.
-    let listed = json(second.address().as_ref(), &["snapshot", "list", &image])?;
-    let stable: BTreeSet<u64> = listed
-        .as_array()
-        .context("no list")?
-        .iter()
-        .filter(|snapshot| snapshot["state"] == "stable")
-        .filter_map(|snapshot| snapshot["snapshot"].as_u64())
-        .collect();
-    assert!(unique.is_subset(&stable), "{unique:?} {stable:?}");
-    // One that is dead before one that lives.
-    assert_eq!(json(both.as_ref(), &["snapshot", "list", &image])?, listed);
-    let newest = format!("{image}@{}", numbers.last().context("none")?);
-    assert_eq!(json(at.as_ref(), &["snapshot", "verify", &newest])?["intact"], true);
-    let number = newest.rsplit('@').next().unwrap_or_default();
-    same(&disk, &dir.path().join(format!("mnt/images/{image}/{number}.raw")))?;
-
-    mirror.stop(Signal::TERM)?;
-    for node in nodes {
-        node.stop(Signal::TERM)?;
-    }
-    second.stop(Signal::TERM)?;
-    assert!(mounts_below(dir.path())?.is_empty());
-    Ok(())
+    let plan = Plan { mirrors: 1, ..Plan::cluster("replica:2", 3) };
+    let mut roles = Roles::start(&plan, |_| Ok(()))?;
+    let base = noise(5, DISK_BYTES as usize);
+    let file = sparse(&roles.dir().join("raw"), DISK_BYTES, &[(0, &base)])?;
+    roles.json(&["image", "import", text(&file), "base"])?;
+    let mut writer = Writer::start(&roles.attach(0, "base", "d1")?, base, 1);
+    let (server, member) = (Which::Metadata(0), Which::Etcd(1));
+    let mut died = || -> Result<()> {
+        writer.wait_more(BETWEEN)?;
+        roles.take_away(server, Outage::Killed)?;
+        writer.wait_more(BETWEEN)?;
+        // The one that the living server asks first.
+        roles.take_away(member, Outage::Killed)?;
+        writer.wait_more(BETWEEN)
+    };
+    died().with_context(|| roles.log())?;
+    let written = writer.finish().with_context(|| roles.log())?;
+    assert!(written.commits().len() > 3 * BETWEEN, "{:?}", written.commits());
+    written.check(&roles, 0)?;
+    // Asked of the server that lives; and of both, one that is dead before it.
+    let image = &written.commits()[0].image;
+    let listed = roles.json_from(Which::Metadata(1), &["snapshot", "list", image])?;
+    let both = roles.servers(0);
+    assert_eq!(json(both.as_ref(), &["snapshot", "list", image])?, listed);
+    roles.bring_back(server)?;
+    roles.bring_back(member)?;
+    assert_eq!(roles.json_from(server, &["snapshot", "list", image])?, listed);
+    roles.stop()
 }
 
 #[test]

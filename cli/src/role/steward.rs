@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use blobcr_repository::{ConnectOptions, Repository};
-use blobcr_steward::ScrubOptions;
-use blobcr_steward::runner::{Schedule, run as work};
+use blobcr_steward::runner::{Schedule, resign, run as work};
+use blobcr_steward::{RepairOptions, ScrubOptions};
 use serde::Serialize;
 use tokio::task::JoinHandle;
 
@@ -35,28 +35,40 @@ pub async fn run(args: StewardArgs, output: Output) -> anyhow::Result<()> {
 }
 
 /// A steward at work. It stops when it is dropped; wherever that is, nothing is lost.
-pub(super) struct Steward(JoinHandle<()>);
+pub(super) struct Steward {
+    work: JoinHandle<()>,
+    repository: Repository,
+    holder: String,
+}
 
 impl Steward {
     pub(super) fn start(repository: Repository, schedule: &StewardSchedule) -> Self {
         let schedule = Schedule {
             collect_every: Duration::from_secs(schedule.collect_every),
             scrub_every: Duration::from_secs(schedule.scrub_every),
-            scrub: ScrubOptions { bytes_per_second: schedule.scrub_rate },
+            scrub: ScrubOptions { bytes_per_second: schedule.scrub_rate, quick: false },
+            repair: RepairOptions { bytes_per_second: schedule.repair_rate },
         };
-        Self(tokio::spawn(async move { work(&repository, schedule).await }))
+        let holder = format!("steward-{}-{:016x}", std::process::id(), rand::random::<u64>());
+        let work = tokio::spawn(work(repository.clone(), holder.clone(), schedule));
+        Self { work, repository, holder }
     }
 
-    /// Returns when it has stopped.
+    /// Returns when it has stopped, and another one may lead.
     pub(super) async fn stop(mut self) {
-        self.0.abort();
+        self.work.abort();
         // Cancelled: nothing else ends it but a panic, which was reported where it happened.
-        drop((&mut self.0).await);
+        drop((&mut self.work).await);
+        let resigned = resign(&self.repository, self.holder.clone());
+        drop(tokio::time::timeout(RESIGN_DEADLINE, resigned).await);
     }
 }
 
+/// When the metadata service does not answer in time, the lead runs out by itself.
+const RESIGN_DEADLINE: Duration = Duration::from_secs(1);
+
 impl Drop for Steward {
     fn drop(&mut self) {
-        self.0.abort();
+        self.work.abort();
     }
 }

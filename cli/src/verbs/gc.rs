@@ -30,6 +30,8 @@ struct GcNodeView {
     chunks: u64,
     tree_nodes: u64,
     bytes: u64,
+    /// Of those, what has moved to other nodes.
+    misplaced: u64,
     /// Unreachable, but perhaps needed by a writer.
     spared: u64,
     error: Option<String>,
@@ -37,10 +39,10 @@ struct GcNodeView {
 
 impl From<NodeCollection> for GcNodeView {
     fn from(of: NodeCollection) -> Self {
-        let NodeCollection { node, address, examined, chunks, tree_nodes, bytes, spared, failed } =
-            of;
+        let NodeCollection { node, address, examined, chunks, tree_nodes, bytes, .. } = of;
+        let NodeCollection { misplaced, spared, failed, .. } = of;
         let error = failed.map(|error| error.to_string());
-        Self { node, address, examined, chunks, tree_nodes, bytes, spared, error }
+        Self { node, address, examined, chunks, tree_nodes, bytes, misplaced, spared, error }
     }
 }
 
@@ -84,6 +86,7 @@ fn human(view: &GcView) -> String {
         Column::Number("CHUNKS"),
         Column::Number("TREE NODES"),
         Column::Number("BYTES"),
+        Column::Number("MOVED"),
         Column::Number("SPARED"),
         Column::Text("ERROR"),
     ];
@@ -95,6 +98,7 @@ fn human(view: &GcView) -> String {
             node.chunks.to_string(),
             node.tree_nodes.to_string(),
             human_size(node.bytes),
+            node.misplaced.to_string(),
             node.spared.to_string(),
             or_dash(node.error.clone()),
         ]

@@ -75,7 +75,7 @@ async fn table(
     repository: &Repository,
     pool: &v1::Pool,
 ) -> Result<Option<v1::PlacementTable>, CatalogError> {
-    let by_id = v1::PoolRef { id: pool.id, name: String::new() };
+    let by_id = v1::GetPlacementRequest { id: pool.id, ..Default::default() };
     match repository.catalog().get_placement(by_id).await {
         Err(CatalogError::Precondition(_)) => Ok(None),
         table => table.map(Some),

@@ -156,7 +156,8 @@ async fn check_pool(repository: &Repository, name: &str) -> anyhow::Result<()> {
         }
         Err(e) => Err(e.into()),
         Ok(_) => {
-            repository.catalog().get_placement(by_name).await?;
+            let table = v1::GetPlacementRequest { name: by_name.name, ..Default::default() };
+            repository.catalog().get_placement(table).await?;
             Ok(())
         }
     }

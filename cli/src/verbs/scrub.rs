@@ -1,6 +1,7 @@
 //! `blobcr scrub`: reads every copy, and mends what is damaged or missing.
 
-use blobcr_steward::{NodeScrub, ScrubOptions};
+use blobcr_proto::v1::ScrubProgress;
+use blobcr_steward::{NodeScrub, ScrubOptions, Tally};
 use serde::Serialize;
 
 use crate::exit::{Exit, Refusal};
@@ -32,7 +33,8 @@ struct ScrubNodeView {
 
 impl From<NodeScrub> for ScrubNodeView {
     fn from(of: NodeScrub) -> Self {
-        let NodeScrub { node, address, records, bytes, damaged, missing, mended, failed } = of;
+        let NodeScrub { node, address, found, failed } = of;
+        let Tally { records, bytes, damaged, missing, mended, .. } = found;
         let error = failed.map(|error| error.to_string());
         Self { node, address, records, bytes, damaged, missing, mended, error }
     }
@@ -42,11 +44,11 @@ impl From<NodeScrub> for ScrubNodeView {
 ///
 /// # Errors
 /// When something is lost, the metadata service does not answer, or a node was left out.
-pub async fn run(session: &Session, bytes_per_second: u64, output: Output) -> anyhow::Result<()> {
+pub async fn run(session: &Session, options: ScrubOptions, output: Output) -> anyhow::Result<()> {
     let repository = session.repository().await?;
     let progress = Progress::spinner("scrubbing");
-    let options = ScrubOptions { bytes_per_second };
-    let done = progress.during(blobcr_steward::scrub(&repository, options)).await?;
+    let scrub = blobcr_steward::scrub(&repository, options, ScrubProgress::default(), &|_| ());
+    let done = progress.during(scrub).await?;
     let view = ScrubView {
         lost: done.lost,
         lost_ids: done.lost_ids.iter().map(ToString::to_string).collect(),
@@ -96,7 +98,7 @@ fn human(view: &ScrubView) -> String {
     };
     let mut text = table(&columns, view.nodes.iter().map(row));
     for pool in &view.skipped_pools {
-        text += &format!("pool {pool} was left out: it holds no replicas, or has no nodes yet\n");
+        text += &format!("pool {pool} was left out: it has no nodes yet\n");
     }
     for id in &view.lost_ids {
         text += &format!("no good copy of {id}\n");

@@ -7,7 +7,7 @@ use super::{disk, health, image, node, pool};
 use crate::output::{Output, facts, or_dash};
 use crate::session::Session;
 use crate::size::human_size;
-use crate::view::{DiskView, NodeView, PoolView};
+use crate::view::{DiskView, NodeView, PoolView, rfc3339};
 
 /// A snapshot that a disk of this host is persisting.
 #[derive(Debug, Serialize)]
@@ -38,8 +38,59 @@ struct StatusView {
     /// Chunks with fewer good copies than their pool promises, also those that writers reported; null when nodes are down that may
     /// hold the only copies.
     degraded_chunks: Option<u64>,
-    /// The progress of a repair; null while none runs.
-    repair: Option<()>,
+    /// The progress of a repair; null while there is nothing to repair, or no steward to do it.
+    repair: Option<RepairView>,
+    /// When a steward was heard of last; null when there is none.
+    steward_seen: Option<String>,
+}
+
+/// How far a repair is.
+#[derive(Debug, Serialize)]
+struct RepairView {
+    running_seconds: u64,
+    partitions_total: u64,
+    partitions_done: u64,
+    copied_records: u64,
+    copied_bytes: u64,
+    bytes_per_second: u64,
+    /// Null while it cannot be told.
+    remaining_seconds: Option<u64>,
+    /// Why some of it cannot be done now; null when all can.
+    waits_for: Option<String>,
+}
+
+impl RepairView {
+    fn of(steward: &v1::Steward) -> Option<Self> {
+        let repair = steward.repair.as_ref().filter(|_| steward.alive)?;
+        (repair.partitions_total > 0).then(|| Self {
+            running_seconds: repair.running_ms / 1000,
+            partitions_total: repair.partitions_total,
+            partitions_done: repair.partitions_done,
+            copied_records: repair.copied_records,
+            copied_bytes: repair.copied_bytes,
+            bytes_per_second: repair.bytes_per_second,
+            remaining_seconds: (repair.remaining_ms > 0)
+                .then_some(repair.remaining_ms.div_ceil(1000)),
+            waits_for: Some(repair.waits_for.clone()).filter(|why| !why.is_empty()),
+        })
+    }
+
+    fn human(&self) -> String {
+        let Self { partitions_done, partitions_total, copied_records, .. } = self;
+        let mut text = format!(
+            "{partitions_done} of {partitions_total} partitions, {copied_records} records ({}) \
+             copied, {} a second",
+            human_size(self.copied_bytes),
+            human_size(self.bytes_per_second)
+        );
+        if let Some(seconds) = self.remaining_seconds {
+            text += &format!(", done in about {seconds} s");
+        }
+        if let Some(why) = &self.waits_for {
+            text += &format!("; waits for {why}");
+        }
+        text
+    }
 }
 
 /// Runs the verb.
@@ -56,6 +107,7 @@ async fn gather(session: &Session) -> anyhow::Result<StatusView> {
     let nodes = node::views(&repository).await?;
     let pools = repository.catalog().list_pools(v1::ListPoolsRequest {}).await?.pools;
     let degraded_chunks = health::degraded_chunks(&repository, &nodes, &pools).await?;
+    let steward = repository.catalog().get_steward(v1::GetStewardRequest {}).await?;
     let disks = if session.description.mirror.is_empty() {
         None
     } else {
@@ -73,7 +125,8 @@ async fn gather(session: &Session) -> anyhow::Result<StatusView> {
         free_bytes: sum(|node| node.free_bytes),
         live_bytes: sum(|node| node.live_bytes),
         degraded_chunks,
-        repair: None,
+        repair: RepairView::of(&steward),
+        steward_seen: rfc3339(steward.seen_unix_ms),
         pools: pools.into_iter().map(PoolView::from).collect(),
         nodes,
         disks,
@@ -106,6 +159,7 @@ fn human(view: &StatusView) -> String {
         ),
         ("images", view.images.to_string()),
         ("degraded chunks", view.degraded_chunks.map_or("unknown".into(), |n| n.to_string())),
+        ("repair", view.repair.as_ref().map_or("nothing to do".into(), RepairView::human)),
         ("pending snapshots", view.pending_snapshots.len().to_string()),
     ]);
     for pending in &view.pending_snapshots {

@@ -1,5 +1,6 @@
 //! What was acknowledged with fewer copies than its pool's policy wants.
 
+use blobcr_proto::policy::POLICY_NODES_MAX;
 use blobcr_proto::v1;
 
 use super::{KeyBuilder, KeyKind, Record};
@@ -20,7 +21,14 @@ pub struct DebtRecord {
     /// When the first of them was reported, in ms since 1970.
     #[prost(uint64, tag = "4")]
     pub since_unix_ms: u64,
+    /// Ids of the nodes that lack some of them, in order; empty when any may.
+    #[prost(string, repeated, tag = "5")]
+    pub missed_nodes: Vec<String>,
 }
+
+/// Nodes that one debt names at most: more than the rows of a partition have had when it moves from
+/// as many nodes as it may. Beyond that any may lack something.
+pub const MISSED_NODES_MAX: usize = 2 * POLICY_NODES_MAX;
 
 impl DebtRecord {
     /// The key of a partition's debt.
@@ -38,13 +46,14 @@ impl DebtRecord {
     /// The wire form. The store's version is the revision: every report writes the record, and no
     /// version is ever given twice, so a debt that was settled and came again is another one.
     #[must_use]
-    pub const fn to_wire(&self, version: Version) -> v1::Debt {
+    pub fn to_wire(&self, version: Version) -> v1::Debt {
         v1::Debt {
             pool: self.pool,
             partition: self.partition,
             objects: self.objects,
             since_unix_ms: self.since_unix_ms,
             revision: version.0,
+            missed_nodes: self.missed_nodes.clone(),
         }
     }
 }
@@ -60,6 +69,10 @@ impl Record for DebtRecord {
         if self.pool == 0 || self.partition >= 1 << 16 {
             return Err("an id or partition is out of range");
         }
+        if self.missed_nodes.len() > MISSED_NODES_MAX {
+            return Err("too many nodes that lack something");
+        }
+        self.missed_nodes.iter().try_for_each(|id| super::node::check_node_id(id))?;
         if self.objects == 0 { Err("a debt of nothing") } else { Ok(()) }
     }
 }

@@ -28,10 +28,11 @@ mod removal;
 mod set;
 mod set_vm;
 mod snapshot;
+mod steward;
 
 pub use cluster::ClusterRecord;
 pub use counter::{Counter, CounterRecord};
-pub use debt::DebtRecord;
+pub use debt::{DebtRecord, MISSED_NODES_MAX};
 pub use image::ImageRecord;
 pub use image_name::ImageNameRecord;
 pub use lease::LeaseRecord;
@@ -45,6 +46,7 @@ pub use removal::RemovalRecord;
 pub use set::SetRecord;
 pub use set_vm::{SetDisk, SetVmRecord, VM_DISKS_MAX};
 pub use snapshot::{SNAPSHOT_NUMBER_MAX, SnapshotRecord, check_root};
+pub use steward::{STEWARD_HOLDER_BYTES_MAX, StewardRecord};
 
 use blobcr_proto::codec::crc32c;
 use bytes::{BufMut, Bytes, BytesMut};
@@ -72,6 +74,7 @@ use crate::store::Key;
 /// | `Removal` | image id, 8 | [`RemovalRecord`] |
 /// | `Debt` | pool id, 4; partition, 4 | [`DebtRecord`] |
 /// | `Cluster` | nothing | [`ClusterRecord`] |
+/// | `Steward` | nothing | [`StewardRecord`] |
 /// | `Pin` | image id, 8; number, 8; holder | [`PinRecord`] |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -108,6 +111,8 @@ pub enum KeyKind {
     Debt = 15,
     /// Which repository this is.
     Cluster = 16,
+    /// Which steward leads.
+    Steward = 17,
     /// A snapshot that somebody needs.
     Pin = 24,
 }

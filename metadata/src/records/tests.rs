@@ -197,7 +197,13 @@ proptest! {
         comes_back(&PinRecord {
             image_id: a, number: b, holder: text.clone(), image: text.clone(), created_unix_ms: c,
         })?;
-        comes_back(&DebtRecord { pool: n, partition: n % 1024, objects: a, since_unix_ms: b })?;
+        comes_back(&DebtRecord {
+            pool: n,
+            partition: n % 1024,
+            objects: a,
+            since_unix_ms: b,
+            missed_nodes: vec![format!("{a:032x}")],
+        })?;
     }
 
     #[test]
@@ -282,8 +288,11 @@ fn a_record_that_breaks_the_rules_is_refused() {
     refused(&ImageNameRecord { name: "../x".to_owned(), image_id: 7 });
     refused(&ImageNameRecord { name: "x".to_owned(), image_id: 0 });
     refused(&SetVmRecord { group: "g".to_owned(), vm: "v".to_owned(), ..Default::default() });
-    refused(&DebtRecord { pool: 1, partition: 1 << 16, objects: 1, since_unix_ms: 0 });
-    refused(&DebtRecord { pool: 1, partition: 1, objects: 0, since_unix_ms: 0 });
+    let debt = DebtRecord { pool: 1, partition: 1, objects: 1, ..Default::default() };
+    refused(&DebtRecord { partition: 1 << 16, ..debt.clone() });
+    refused(&DebtRecord { objects: 0, ..debt.clone() });
+    refused(&DebtRecord { missed_nodes: vec!["no id".into()], ..debt.clone() });
+    refused(&DebtRecord { missed_nodes: vec![format!("{:032x}", 1); 49], ..debt });
     refused(&PlacementPartRecord {
         pool: 1,
         version: 1,
@@ -426,6 +435,7 @@ fn golden_records_of_members() {
             partition: 900,
             objects: 12,
             since_unix_ms: 1_700_000_000_000,
+            missed_nodes: Vec::new(),
         }),
         line(&NodeRecord {
             id: "00ff".to_owned(),
@@ -447,5 +457,45 @@ fn golden_records_of_members() {
     ];
     let found = lines.concat();
     let golden = include_str!("../../golden/records-v1-members.txt");
+    assert_eq!(found, golden, "this program writes:\n{found}");
+}
+
+/// What repair has added since.
+#[test]
+fn golden_records_of_repair() {
+    let repair = v1::RepairProgress {
+        running_ms: 5000,
+        partitions_total: 9,
+        partitions_done: 4,
+        copied_records: 100,
+        copied_bytes: 7_000_000,
+        bytes_per_second: 1_000_000,
+        remaining_ms: 9000,
+        waits_for: "node 00ff".to_owned(),
+    };
+    let scrub = v1::ScrubProgress {
+        under_way: true,
+        pool: 2,
+        partition: 77,
+        damaged_records: 1,
+        lost_records: 2,
+    };
+    let lines = [
+        line(&DebtRecord {
+            pool: 1,
+            partition: 900,
+            objects: 12,
+            since_unix_ms: 1_700_000_000_000,
+            missed_nodes: vec!["00ff".to_owned(), "01ff".to_owned()],
+        }),
+        line(&StewardRecord {
+            holder: "host/1".to_owned(),
+            seen_unix_ms: 1_700_000_000_002,
+            repair: Some(repair),
+            scrub: Some(scrub),
+        }),
+    ];
+    let found = lines.concat();
+    let golden = include_str!("../../golden/records-v1-repair.txt");
     assert_eq!(found, golden, "this program writes:\n{found}");
 }

@@ -1,17 +1,41 @@
 //! Debt: what was acknowledged with fewer copies than its pool's policy wants, until it is repaired.
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 
 use blobcr_proto::v1;
 
 use super::{RecordSwap, VersionManager, list_limit, until_won};
 use crate::error::Error;
-use crate::records::DebtRecord;
-use crate::store::{Expect, StoreError, Swap, Version};
+use crate::records::{DebtRecord, MISSED_NODES_MAX, check_node_id};
+use crate::store::{Expect, Key, StoreError, Swap, Version};
 
 /// Partitions in one swap: well inside what a store takes, and few enough that writers which report
 /// at the same time do not keep each other from it.
 const PARTITIONS_AT_ONCE: usize = 32;
+
+/// What one partition owes.
+#[derive(Clone)]
+struct Owed {
+    objects: u64,
+    /// The nodes that lack something; `None` when any may.
+    missed: Option<BTreeSet<String>>,
+}
+
+impl Owed {
+    fn add(&mut self, more: Self) {
+        self.objects = self.objects.saturating_add(more.objects);
+        self.missed = self.missed.take().zip(more.missed).and_then(|(mut all, more)| {
+            all.extend(more);
+            (all.len() <= MISSED_NODES_MAX).then_some(all)
+        });
+    }
+}
+
+fn named(nodes: &[String]) -> Option<BTreeSet<String>> {
+    let few = !nodes.is_empty() && nodes.len() <= MISSED_NODES_MAX;
+    few.then(|| nodes.iter().cloned().collect())
+}
 
 fn describe(pool: u32) -> String {
     format!("the debt of the pool with the id {pool}")
@@ -29,7 +53,7 @@ impl VersionManager {
         r: v1::ReportDebtRequest,
     ) -> Result<v1::ReportDebtResponse, Error> {
         let pool = self.pool_record(&v1::PoolRef { name: String::new(), id: r.pool }).await?.value;
-        let mut owed: BTreeMap<u32, u64> = BTreeMap::new();
+        let mut owed: BTreeMap<u32, Owed> = BTreeMap::new();
         for debt in &r.partitions {
             if debt.partition >= pool.partitions || debt.objects == 0 {
                 return Err(Error::invalid(format!(
@@ -38,10 +62,19 @@ impl VersionManager {
                     pool.name, pool.partitions, debt.objects, debt.partition
                 )));
             }
-            let objects = owed.entry(debt.partition).or_default();
-            *objects = objects.saturating_add(debt.objects);
+            debt.missed_nodes
+                .iter()
+                .try_for_each(|id| check_node_id(id))
+                .map_err(Error::invalid)?;
+            let more = Owed { objects: debt.objects, missed: named(&debt.missed_nodes) };
+            match owed.entry(debt.partition) {
+                Entry::Vacant(first) => {
+                    first.insert(more);
+                }
+                Entry::Occupied(mut owed) => owed.get_mut().add(more),
+            }
         }
-        let owed: Vec<(u32, u64)> = owed.into_iter().collect();
+        let owed: Vec<(u32, Owed)> = owed.into_iter().collect();
         let _turn = self.debt_turn.lock().await;
         for some in owed.chunks(PARTITIONS_AT_ONCE) {
             until_won!(self, describe(pool.id), self.try_report(pool.id, some).await)?;
@@ -49,16 +82,24 @@ impl VersionManager {
         Ok(v1::ReportDebtResponse {})
     }
 
-    async fn try_report(&self, pool: u32, owed: &[(u32, u64)]) -> Result<(), Error> {
+    async fn try_report(&self, pool: u32, owed: &[(u32, Owed)]) -> Result<(), Error> {
         let mut swap = Swap::new();
-        for &(partition, objects) in owed {
-            let new = DebtRecord { pool, partition, objects, since_unix_ms: self.now() };
+        for (partition, more) in owed {
+            let partition = *partition;
+            let record = |owed: Owed, since_unix_ms| DebtRecord {
+                pool,
+                partition,
+                objects: owed.objects,
+                since_unix_ms,
+                missed_nodes: owed.missed.into_iter().flatten().collect(),
+            };
             swap = match self.load::<DebtRecord>(DebtRecord::key_of(pool, partition)).await? {
-                None => swap.create(&new),
+                None => swap.create(&record(more.clone(), self.now())),
                 Some(held) => {
-                    let since_unix_ms = held.value.since_unix_ms;
-                    let objects = held.value.objects.saturating_add(objects);
-                    swap.update(&held, &DebtRecord { objects, since_unix_ms, ..new })
+                    let old = &held.value;
+                    let mut owed = Owed { objects: old.objects, missed: named(&old.missed_nodes) };
+                    owed.add(more.clone());
+                    swap.update(&held, &record(owed, old.since_unix_ms))
                 }
             };
         }
@@ -80,23 +121,48 @@ impl VersionManager {
         Ok(v1::ListDebtResponse { debts, more })
     }
 
-    /// Removes the debt of a partition that was repaired as of `revision`. What was reported
+    /// Removes the debts of partitions that were repaired as of a revision each. What was reported
     /// meanwhile stays: the repair may have passed it already.
     ///
     /// # Errors
-    /// When the store cannot.
-    pub async fn settle_debt(
+    /// When the store cannot; some may be settled then.
+    pub async fn settle_debts(
         &self,
-        r: v1::SettleDebtRequest,
-    ) -> Result<v1::SettleDebtResponse, Error> {
-        let key = DebtRecord::key_of(r.pool, r.partition);
-        if self.load::<DebtRecord>(key.clone()).await?.is_none() {
-            return Ok(v1::SettleDebtResponse { settled: true });
+        r: v1::SettleDebtsRequest,
+    ) -> Result<v1::SettleDebtsResponse, Error> {
+        let mut kept = Vec::new();
+        for some in r.debts.chunks(PARTITIONS_AT_ONCE) {
+            let mut owed = Vec::with_capacity(some.len());
+            for debt in some {
+                let key = DebtRecord::key_of(r.pool, debt.partition);
+                if self.load::<DebtRecord>(key.clone()).await?.is_some() {
+                    owed.push((key, debt));
+                }
+            }
+            if self.strike_off(&owed).await? {
+                continue;
+            }
+            // One has changed: the others by themselves.
+            for one in owed {
+                if !self.strike_off(std::slice::from_ref(&one)).await? {
+                    kept.push(one.1.partition);
+                }
+            }
         }
-        let swap = Swap::new().delete(key, Expect::Version(Version(r.revision)));
-        match self.store.swap(swap).await {
-            Ok(_) => Ok(v1::SettleDebtResponse { settled: true }),
-            Err(StoreError::Conflict { .. }) => Ok(v1::SettleDebtResponse { settled: false }),
+        Ok(v1::SettleDebtsResponse { kept })
+    }
+
+    /// Removes debts in one swap, if none has changed.
+    async fn strike_off(&self, owed: &[(Key, &v1::SettledDebt)]) -> Result<bool, Error> {
+        if owed.is_empty() {
+            return Ok(true);
+        }
+        let remove = |swap: Swap, (key, debt): &(Key, &v1::SettledDebt)| {
+            swap.delete(key.clone(), Expect::Version(Version(debt.revision)))
+        };
+        match self.store.swap(owed.iter().fold(Swap::new(), remove)).await {
+            Ok(_) => Ok(true),
+            Err(StoreError::Conflict { .. }) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }

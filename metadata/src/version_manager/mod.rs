@@ -48,6 +48,7 @@ pub mod pools;
 pub mod rebalance;
 pub mod sets;
 pub mod snapshots;
+pub mod steward;
 
 /// Attempts at one change before others win for good: each failure means that somebody else made
 /// progress, and the pauses between attempts grow.
@@ -77,6 +78,8 @@ pub struct VersionManager {
     renewable_unix_ms: AtomicU64,
     /// Nodes that were not heard of for so long are down.
     down_after: Duration,
+    /// Partitions of new pools.
+    partitions: u32,
     image_ids: Mutex<std::ops::Range<u64>>,
     /// Taken in turn, because all of them change one counter.
     generation_turn: Mutex<()>,
@@ -109,6 +112,7 @@ impl VersionManager {
             entropy,
             renewable_unix_ms,
             down_after: nodes::DOWN_AFTER_DEFAULT,
+            partitions: pools::PARTITIONS,
             image_ids: Mutex::new(0..0),
             generation_turn: Mutex::new(()),
             debt_turn: Mutex::new(()),
@@ -120,6 +124,13 @@ impl VersionManager {
     #[must_use]
     pub fn with_down_after(mut self, down_after: Duration) -> Self {
         self.down_after = down_after.max(nodes::DOWN_AFTER_MIN);
+        self
+    }
+
+    /// The same, with another number of partitions (a power of two) for new pools.
+    #[must_use]
+    pub fn with_partitions(mut self, partitions: u32) -> Self {
+        self.partitions = partitions;
         self
     }
 

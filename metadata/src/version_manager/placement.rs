@@ -144,8 +144,18 @@ impl VersionManager {
     ///
     /// # Errors
     /// [`Error::Precondition`] while too few nodes are up for the pool's policy.
-    pub async fn get_placement(&self, r: v1::PoolRef) -> Result<v1::PlacementTable, Error> {
-        let pool = self.pool_record(&r).await?.value;
+    pub async fn get_placement(
+        &self,
+        r: v1::GetPlacementRequest,
+    ) -> Result<v1::PlacementTable, Error> {
+        let pool = self.pool_record(&v1::PoolRef { name: r.name, id: r.id }).await?.value;
+        if r.known_version != 0 {
+            let head = self.load::<PlacementRecord>(PlacementRecord::key_of(pool.id)).await?;
+            if head.is_some_and(|head| head.value.version == r.known_version) {
+                let (pool, version) = (pool.id, r.known_version);
+                return Ok(v1::PlacementTable { pool, version, ..Default::default() });
+            }
+        }
         let table = match self.table(pool.id).await? {
             Some(table) => table,
             None => {
@@ -180,12 +190,23 @@ impl VersionManager {
         Ok(None)
     }
 
-    /// Nodes that partitions may be given to.
+    /// Nodes that partitions may be given to. Not one at whose address another was heard of since: in
+    /// one row, the two would be taken for two nodes, and one machine would get what is meant for both.
     fn places(&self, nodes: &[Held<NodeRecord>]) -> Vec<Candidate> {
         let fit = |node: &NodeRecord| {
             matches!(self.node_state(node), NodeState::Up | NodeState::Suspected)
         };
-        nodes.iter().map(|node| &node.value).filter(|node| fit(node)).map(candidate).collect()
+        let nodes = || nodes.iter().map(|node| &node.value);
+        let mut at: BTreeMap<&str, &NodeRecord> = BTreeMap::new();
+        for node in nodes().filter(|node| node.removed_unix_ms == 0) {
+            let newest = at.entry(&node.address).or_insert(node);
+            if node.last_seen_unix_ms > newest.last_seen_unix_ms {
+                *newest = node;
+            }
+        }
+        let there =
+            |node: &NodeRecord| at.get(node.address.as_str()).is_some_and(|n| n.id == node.id);
+        nodes().filter(|node| fit(node) && there(node)).map(candidate).collect()
     }
 
     async fn build_table(&self, pool: &PoolRecord) -> Result<(), Error> {
@@ -289,40 +310,56 @@ impl VersionManager {
         Ok(true)
     }
 
-    /// Everything of a partition has come to its row under the table of that version: what held it
-    /// before is not read any more.
+    /// Everything of those partitions has come to their rows under the table of that version: what
+    /// held them before is not read any more. False when the table has changed since.
     ///
     /// # Errors
     /// [`Error::NotFound`] when the pool has no such partition.
-    pub async fn settle_partition(
+    pub async fn settle_partitions(
         &self,
-        r: v1::SettlePartitionRequest,
-    ) -> Result<v1::SettlePartitionResponse, Error> {
-        let object = format!("partition {} of the pool with the id {}", r.partition, r.pool);
-        let settled = until_won!(self, object, self.try_settle(&r).await)?;
-        Ok(v1::SettlePartitionResponse { settled })
+        r: v1::SettlePartitionsRequest,
+    ) -> Result<v1::SettlePartitionsResponse, Error> {
+        let mut by_part: BTreeMap<u16, Vec<u32>> = BTreeMap::new();
+        for partition in r.partitions {
+            // At most 256 parts: see `PlacementRecord::check`, and below what is beyond them.
+            let part = u16::try_from(partition as usize / PART_ROWS).unwrap_or(u16::MAX);
+            by_part.entry(part).or_default().push(partition);
+        }
+        for (part, partitions) in by_part {
+            let object = format!("partitions of the pool with the id {}", r.pool);
+            let settle = (r.pool, r.version, part);
+            if !until_won!(self, object, self.try_settle(settle, &partitions).await)? {
+                return Ok(v1::SettlePartitionsResponse { settled: false });
+            }
+        }
+        Ok(v1::SettlePartitionsResponse { settled: true })
     }
 
-    async fn try_settle(&self, r: &v1::SettlePartitionRequest) -> Result<bool, Error> {
-        let missing = || {
-            let object = format!("partition {} in the pool with the id {}", r.partition, r.pool);
+    async fn try_settle(
+        &self,
+        (pool, version, part): (u32, u64, u16),
+        partitions: &[u32],
+    ) -> Result<bool, Error> {
+        let missing = |partition| {
+            let object = format!("partition {partition} in the pool with the id {pool}");
             Error::not_found(object, "`blobcr pool list` shows what there is")
         };
-        let key = PlacementRecord::key_of(r.pool);
-        let head = self.load::<PlacementRecord>(key).await?.ok_or_else(missing)?;
-        if r.partition >= head.value.partitions {
-            return Err(missing());
+        let key = PlacementRecord::key_of(pool);
+        let head = self.load::<PlacementRecord>(key).await?;
+        let first = partitions.first().copied().unwrap_or_default();
+        let head = head.ok_or_else(|| missing(first))?;
+        if let Some(beyond) = partitions.iter().find(|at| **at >= head.value.partitions) {
+            return Err(missing(*beyond));
         }
-        if head.value.version != r.version {
+        if head.value.version != version {
             return Ok(false);
         }
-        // At most 256 parts: see `PlacementRecord::check`.
-        let number = (r.partition as usize / PART_ROWS) as u16;
-        let key = PlacementPartRecord::key_of(r.pool, r.version, number);
+        let key = PlacementPartRecord::key_of(pool, version, part);
         // Gone, it has been replaced since the head was read.
         let Some(part) = self.load::<PlacementPartRecord>(key).await? else { return Ok(false) };
+        let rows: BTreeSet<usize> = partitions.iter().map(|at| *at as usize % PART_ROWS).collect();
         let mut settled = part.value.clone();
-        settled.moving.retain(|moving| moving.row as usize != r.partition as usize % PART_ROWS);
+        settled.moving.retain(|moving| !rows.contains(&(moving.row as usize)));
         if settled != part.value {
             self.store.swap(Swap::new().unchanged(&head).update(&part, &settled)).await?;
         }

@@ -34,7 +34,7 @@ impl VersionManager {
             id: 0,
             name: name.into(),
             policy: policy.to_string(),
-            partitions: PARTITIONS,
+            partitions: self.partitions,
             compression: compression.to_string(),
         };
         until_won!(self, format!("pool {:?}", pool.name), self.try_create_pool(&pool).await)

@@ -253,7 +253,7 @@ async fn one_table_is_made_however_many_ask() {
     let mut tasks = JoinSet::new();
     for _ in 0..16 {
         let manager = Arc::clone(&f.manager);
-        let pool = v1::PoolRef { name: "default".to_owned(), id: 0 };
+        let pool = v1::GetPlacementRequest { name: "default".into(), ..Default::default() };
         tasks.spawn(async move { manager.get_placement(pool).await.unwrap() });
     }
     let tables = tasks.join_all().await;

@@ -7,8 +7,16 @@ use crate::fixture::{Fixture, Kind, START_MS, manager, refused};
 use crate::flaky::flaky;
 
 fn report(partitions: &[(u32, u64)]) -> v1::ReportDebtRequest {
-    let debt = |&(partition, objects): &(u32, u64)| v1::PartitionDebt { partition, objects };
+    let debt = |&(partition, objects): &(u32, u64)| v1::PartitionDebt {
+        partition,
+        objects,
+        missed_nodes: vec![node(0)],
+    };
     v1::ReportDebtRequest { pool: 1, partitions: partitions.iter().map(debt).collect() }
+}
+
+fn node(n: usize) -> String {
+    format!("{n:032x}")
 }
 
 async fn debts(f: &Fixture) -> Vec<v1::Debt> {
@@ -16,10 +24,15 @@ async fn debts(f: &Fixture) -> Vec<v1::Debt> {
     f.manager.list_debt(all).await.unwrap().debts
 }
 
+async fn debts_left(f: &Fixture) -> Vec<u32> {
+    debts(f).await.iter().map(|debt| debt.partition).collect()
+}
+
 async fn settle(f: &Fixture, debt: &v1::Debt) -> bool {
-    let v1::Debt { pool, partition, revision, .. } = *debt;
-    let r = v1::SettleDebtRequest { pool, partition, revision };
-    f.manager.settle_debt(r).await.unwrap().settled
+    let v1::Debt { pool, partition, revision, .. } = debt.clone();
+    let debts = vec![v1::SettledDebt { partition, revision }];
+    let r = v1::SettleDebtsRequest { pool, debts };
+    f.manager.settle_debts(r).await.unwrap().kept.is_empty()
 }
 
 #[tokio::test]
@@ -99,9 +112,41 @@ async fn no_report_is_lost_in_a_race() {
     store.before_next_swap(async move {
         other.report_debt(report(&[(3, 1)])).await.unwrap();
     });
-    let v1::Debt { pool, partition, revision, .. } = now[0];
-    let r = v1::SettleDebtRequest { pool, partition, revision };
-    assert!(!slow.settle_debt(r).await.unwrap().settled);
+    let v1::Debt { pool, partition, revision, .. } = now[0].clone();
+    // With others at the same time, which are settled all the same.
+    let settled = [&now[0], &now[1]].map(|debt| {
+        let v1::Debt { partition, revision, .. } = *debt;
+        v1::SettledDebt { partition, revision }
+    });
+    let r = v1::SettleDebtsRequest { pool, debts: settled.to_vec() };
+    assert_eq!(slow.settle_debts(r).await.unwrap().kept, [partition]);
+    assert_eq!(debts_left(&f).await, [partition]);
     assert_eq!(debts(&f).await[0].objects, 112);
     assert!(revision > seen[0].revision);
+}
+
+#[tokio::test]
+async fn a_debt_names_who_missed_it_or_says_that_any_may_have() {
+    let f = Fixture::new().await;
+    let missed = |nodes: std::ops::Range<usize>| v1::ReportDebtRequest {
+        pool: 1,
+        partitions: vec![v1::PartitionDebt {
+            partition: 5,
+            objects: 1,
+            missed_nodes: nodes.map(node).collect(),
+        }],
+    };
+    f.manager.report_debt(missed(2..3)).await.unwrap();
+    f.manager.report_debt(missed(1..3)).await.unwrap();
+    let named = debts(&f).await;
+    assert_eq!(named[0].missed_nodes, [node(1), node(2)]);
+    // Too many to name.
+    f.manager.report_debt(missed(0..49)).await.unwrap();
+    assert!(debts(&f).await[0].missed_nodes.is_empty());
+    f.manager.report_debt(missed(1..2)).await.unwrap();
+    let unknown = debts(&f).await;
+    assert_eq!((unknown[0].objects, unknown[0].missed_nodes.len()), (4, 0));
+    let bad = v1::PartitionDebt { partition: 1, objects: 1, missed_nodes: vec!["a/b".into()] };
+    let bad = v1::ReportDebtRequest { pool: 1, partitions: vec![bad] };
+    refused(f.manager.report_debt(bad).await, Kind::Invalid, &["letters, digits"]);
 }

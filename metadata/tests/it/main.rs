@@ -20,3 +20,4 @@ mod rebalance;
 mod service;
 mod sets;
 mod snapshots;
+mod steward;

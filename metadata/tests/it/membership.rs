@@ -44,7 +44,7 @@ async fn remove(f: &Fixture, n: usize) -> Result<v1::Node, Error> {
 }
 
 async fn table(f: &Fixture) -> v1::PlacementTable {
-    let pool = v1::PoolRef { name: "p".to_owned(), id: 0 };
+    let pool = v1::GetPlacementRequest { name: "p".to_owned(), ..Default::default() };
     f.manager.get_placement(pool).await.unwrap()
 }
 
@@ -70,8 +70,8 @@ fn uses(table: &v1::PlacementTable, n: usize) -> (Vec<u32>, Vec<u32>) {
 async fn settle(f: &Fixture, table: &v1::PlacementTable, partitions: &[u32]) {
     for &partition in partitions {
         let (pool, version) = (table.pool, table.version);
-        let r = v1::SettlePartitionRequest { pool, partition, version };
-        assert!(f.manager.settle_partition(r).await.unwrap().settled);
+        let r = v1::SettlePartitionsRequest { pool, partitions: vec![partition], version };
+        assert!(f.manager.settle_partitions(r).await.unwrap().settled);
     }
 }
 
@@ -162,10 +162,10 @@ async fn a_drained_node_leaves_the_tables_and_can_be_removed() {
     assert_eq!(parts.len(), 4);
     refused(remove(&f, 2).await, Kind::Precondition, &[&id(2)]);
 
-    let stale = v1::SettlePartitionRequest { pool: 2, partition: held[0], version: 1 };
-    assert!(!f.manager.settle_partition(stale).await.unwrap().settled);
-    let none = v1::SettlePartitionRequest { pool: 2, partition: 1024, version: 2 };
-    refused(f.manager.settle_partition(none).await, Kind::NotFound, &["1024"]);
+    let stale = v1::SettlePartitionsRequest { pool: 2, partitions: vec![held[0]], version: 1 };
+    assert!(!f.manager.settle_partitions(stale).await.unwrap().settled);
+    let none = v1::SettlePartitionsRequest { pool: 2, partitions: vec![1024], version: 2 };
+    refused(f.manager.settle_partitions(none).await, Kind::NotFound, &["1024"]);
     settle(&f, &next, &held).await;
     settle(&f, &next, &held[..1]).await;
     assert_eq!(uses(&table(&f).await, 2), (vec![], vec![]));
@@ -248,4 +248,20 @@ async fn a_node_is_not_removed_while_a_table_takes_it_in() {
     });
     assert_eq!(slow.place().await.unwrap(), 0);
     assert_eq!(uses(&table(&f).await, 3), (vec![], vec![]));
+}
+
+/// A node comes back without its disk: another one at the address of the old, which is not down yet.
+#[tokio::test]
+async fn one_machine_is_never_two_nodes_of_a_row() {
+    let f = with_table(3).await;
+    f.clock.advance_ms(ms(SUSPECT_AFTER));
+    say_hello(&f, 0..2).await;
+    let again = v1::RegisterNodeRequest { address: "h2:1".to_owned(), ..registration(9) };
+    f.manager.register_node(again).await.unwrap();
+    assert!(states(&f).await.contains(&NodeState::Suspected), "the old one is not down");
+    assert_eq!(f.manager.place().await.unwrap(), 1);
+    let table = table(&f).await;
+    let (old, new) = (uses(&table, 2), uses(&table, 9));
+    assert_eq!(old.0, [0; 0], "its place is the new one's");
+    assert!(!old.1.is_empty() && !new.0.is_empty());
 }

@@ -13,6 +13,10 @@ fn pool(name: &str, policy: &str) -> v1::CreatePoolRequest {
     v1::CreatePoolRequest { name, policy, compression: String::new() }
 }
 
+fn table_of(name: &str) -> v1::GetPlacementRequest {
+    v1::GetPlacementRequest { name: name.to_owned(), ..Default::default() }
+}
+
 fn pool_ref(name: &str) -> v1::PoolRef {
     v1::PoolRef { name: name.to_owned(), id: 0 }
 }
@@ -94,11 +98,11 @@ async fn a_table_is_made_of_enough_nodes_and_names_them_by_id() {
     f.manager.create_pool(pool("p", "replica:3")).await.unwrap();
     for n in 0..2 {
         f.manager.register_node(node(n, &format!("h{n}:1"), &format!("d{n}"))).await.unwrap();
-        let early = f.manager.get_placement(pool_ref("p")).await;
+        let early = f.manager.get_placement(table_of("p")).await;
         refused(early, Kind::Precondition, &["\"p\"", "3 nodes", &format!("{} have", n + 1)]);
     }
     f.manager.register_node(node(2, "h2:1", "d2")).await.unwrap();
-    let table = f.manager.get_placement(pool_ref("p")).await.unwrap();
+    let table = f.manager.get_placement(table_of("p")).await.unwrap();
     assert_eq!((table.version, table.partitions.len(), table.nodes.len()), (1, 1024, 3));
     for row in &table.partitions {
         assert_eq!(row.node.iter().copied().collect::<BTreeSet<_>>(), BTreeSet::from([0, 1, 2]));
@@ -109,12 +113,20 @@ async fn a_table_is_made_of_enough_nodes_and_names_them_by_id() {
     let mut expected = table;
     let moved = expected.nodes.iter_mut().find(|node| node.address == "h1:1").unwrap();
     moved.address = "elsewhere:1".to_owned();
-    assert_eq!(f.manager.get_placement(pool_ref("p")).await.unwrap(), expected);
-    assert_eq!(f.restarted().manager.get_placement(pool_ref("p")).await.unwrap(), expected);
+    assert_eq!(f.manager.get_placement(table_of("p")).await.unwrap(), expected);
+    assert_eq!(f.restarted().manager.get_placement(table_of("p")).await.unwrap(), expected);
     // Another pool has a table of its own.
-    let other = f.manager.get_placement(pool_ref("default")).await.unwrap();
+    let other = f.manager.get_placement(table_of("default")).await.unwrap();
     assert_eq!((other.pool, other.nodes.len()), (1, 4));
-    refused(f.manager.get_placement(pool_ref("none")).await, Kind::NotFound, &[]);
+    refused(f.manager.get_placement(table_of("none")).await, Kind::NotFound, &[]);
+    // Who has the newest is told so, and nothing more.
+    let known = |known_version| v1::GetPlacementRequest { known_version, ..table_of("p") };
+    let same = f.manager.get_placement(known(1)).await.unwrap();
+    let nothing = v1::PlacementTable { pool: expected.pool, version: 1, ..Default::default() };
+    assert_eq!(same, nothing);
+    f.manager.place().await.unwrap();
+    let newer = f.manager.get_placement(known(1)).await.unwrap();
+    assert_eq!((newer.version, newer.partitions.len()), (2, 1024));
 }
 
 #[tokio::test]
@@ -127,7 +139,7 @@ async fn the_widest_table_fits() {
             .await
             .unwrap();
     }
-    let table = f.manager.get_placement(pool_ref("wide")).await.unwrap();
+    let table = f.manager.get_placement(table_of("wide")).await.unwrap();
     assert_eq!((table.nodes.len(), table.partitions.len()), (512, 1024));
     for row in &table.partitions {
         let domains: BTreeSet<&str> =

@@ -138,7 +138,7 @@ async fn every_refusal_has_its_code_and_names_the_object() {
     let begin =
         v1::BeginSnapshotRequest { image_id: 1, number: 0, lease_id: 5, writer: "other".into() };
     check(client.begin_snapshot(begin).await.unwrap_err(), Code::FailedPrecondition, "\"base\"");
-    let pool = v1::PoolRef { name: "default".into(), id: 0 };
+    let pool = v1::GetPlacementRequest { name: "default".into(), ..Default::default() };
     check(client.get_placement(pool).await.unwrap_err(), Code::FailedPrecondition, "2 nodes");
     let begin = v1::BeginSnapshotRequest {
         image_id: 1,

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use blobcr_proto::v1::{Record, RecordKind};
+use blobcr_repo_node::testing::SimDisk;
 use blobcr_repo_node::{ChunkStore, Fetched, Options};
 
 use crate::common::{assert_holds, chunk, key, open, options};
-use crate::sim::SimDisk;
 
 const POOL: u32 = 1;
 const SEGMENT: u64 = 64 << 10;

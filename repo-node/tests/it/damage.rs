@@ -492,3 +492,25 @@ proptest! {
         assert_mends(dir.path(), store, &records, segment_bytes);
     }
 }
+
+#[test]
+fn a_check_reads_everything_once_and_tells_what_is_damaged() {
+    let records = some_records();
+    let dir = made(&records, SEGMENT, true);
+    let victim = &records[4];
+    let (name, place) = place(dir.path(), victim);
+    let (store, _) = open(dir.path(), SEGMENT);
+    edit(dir.path(), &name, |bytes| bytes[place.end - 1] ^= 1);
+    let (mut after, mut looked_at, mut damaged) = (None, 0, Vec::new());
+    loop {
+        let page = store.check(POOL, blobcr_proto::v1::RecordKind::Chunk, after, 2000);
+        looked_at += page.records;
+        damaged.extend(page.damaged);
+        after = page.last.map(|last| (&last).try_into().unwrap());
+        if !page.more {
+            break;
+        }
+    }
+    assert_eq!((looked_at, damaged), (10, vec![victim.r#ref.clone().unwrap()]));
+    assert_eq!(store.status().damaged_records, 1);
+}

@@ -6,10 +6,10 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 
 use blobcr_repo_node::disk::{Disk, DiskFile, Space};
+use blobcr_repo_node::testing::{Fault, SimDisk};
 use blobcr_repo_node::{ChunkStore, Fetched, Options, StoreError};
 
 use crate::common::{assert_holds, chunk, key, open, options};
-use crate::sim::{Fault, SimDisk};
 
 const POOL: u32 = 1;
 

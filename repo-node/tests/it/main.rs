@@ -7,5 +7,4 @@ mod damage;
 mod durability;
 mod model;
 mod service;
-mod sim;
 mod store;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use blobcr_proto::record::RecordKey;
 use blobcr_proto::v1::{Record, RecordKind};
+use blobcr_repo_node::testing::{Fault, SimDisk};
 use blobcr_repo_node::{ChunkStore, DeleteOutcome, Fetched, Finding, Options, StoreError};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
@@ -18,7 +19,6 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
 use crate::common::{chunk, key};
-use crate::sim::{Fault, SimDisk};
 
 const POOL: u32 = 1;
 const UNIVERSE: u64 = 24;

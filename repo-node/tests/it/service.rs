@@ -26,7 +26,7 @@ async fn serve(store: ChunkStore) -> RecordStoreClient<Channel> {
 }
 
 fn put(records: Vec<v1::Record>) -> v1::PutRequest {
-    v1::PutRequest { pool: 1, generation: 5, records }
+    v1::PutRequest { pool: 1, generation: 5, records, table_version: 0 }
 }
 
 fn refs(records: &[v1::Record]) -> Vec<v1::RecordRef> {
@@ -46,13 +46,14 @@ async fn every_call() {
     let absent = Hash::of(b"absent").to_bytes();
     let mut asked = refs(&records);
     asked.push(v1::RecordRef { id: absent, ..asked[0].clone() });
-    let get = v1::GetRequest { pool: 1, refs: asked.clone() };
+    let get = v1::GetRequest { pool: 1, refs: asked.clone(), table_version: 0 };
     let found = client.get(get).await.unwrap().into_inner().found;
     let whole: Vec<_> = found.iter().map(|found| found.record.clone()).collect();
     let expected: Vec<_> = records.iter().cloned().map(Some).chain([None]).collect();
     assert_eq!(whole, expected);
 
-    let touch = v1::TouchRequest { pool: 1, generation: 8, refs: asked[3..].to_vec() };
+    let touch =
+        v1::TouchRequest { pool: 1, generation: 8, refs: asked[3..].to_vec(), table_version: 0 };
     assert_eq!(client.touch(touch).await.unwrap().into_inner().present, [true, false]);
     let delete = v1::DeleteRequest { pool: 1, refs: asked.clone(), before_generation: 8 };
     let deleted = client.delete(delete).await.unwrap().into_inner();
@@ -86,11 +87,11 @@ async fn refusals_have_their_status() {
         v1::RecordRef { shard: 256, ..r#ref.clone() },
         v1::RecordRef { id: vec![1; 31].into(), ..r#ref.clone() },
     ] {
-        let get = v1::GetRequest { pool: 1, refs: vec![bad] };
+        let get = v1::GetRequest { pool: 1, refs: vec![bad], table_version: 0 };
         assert_eq!(client.get(get).await.unwrap_err().code(), Code::InvalidArgument);
     }
     let many = vec![r#ref.clone(); RECORDS_PER_REQUEST_MAX + 1];
-    let touch = v1::TouchRequest { pool: 1, generation: 1, refs: many };
+    let touch = v1::TouchRequest { pool: 1, generation: 1, refs: many, table_version: 0 };
     assert_eq!(client.touch(touch).await.unwrap_err().code(), Code::InvalidArgument);
     let list = v1::ListRequest { pool: 1, kind: 0, after: None, limit: 1 };
     assert_eq!(client.list(list).await.unwrap_err().code(), Code::InvalidArgument);
@@ -99,7 +100,7 @@ async fn refusals_have_their_status() {
     let large = chunk(2, 4 << 20);
     client.put(put(vec![large.clone()])).await.unwrap();
     let refs = vec![large.r#ref.unwrap(); 4];
-    let status = client.get(v1::GetRequest { pool: 1, refs }).await.unwrap_err();
+    let status = client.get(v1::GetRequest { pool: 1, refs, table_version: 0 }).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
     assert!(status.message().contains("fewer"), "{status}");
 }
@@ -123,7 +124,7 @@ fn a_full_disk_is_resource_exhausted_and_reads_and_deletes_go_on() {
         // What is there already needs no room.
         assert_eq!(client.put(put(vec![record.clone()])).await.unwrap().into_inner().stored, 0);
         let refs = refs(&[record]);
-        let get = v1::GetRequest { pool: 1, refs: refs.clone() };
+        let get = v1::GetRequest { pool: 1, refs: refs.clone(), table_version: 0 };
         assert!(client.get(get).await.unwrap().into_inner().found[0].record.is_some());
         let delete = v1::DeleteRequest { pool: 1, refs, before_generation: 6 };
         assert_eq!(client.delete(delete).await.unwrap().into_inner().deleted, 1);

@@ -66,7 +66,7 @@ impl RemoteCatalog {
             return Err(CatalogError::Invalid("no address of a metadata server was given".into()));
         }
         let connect = |address: &String| {
-            let channel = channel(address, options.connect_timeout)
+            let channel = channel(address, options)
                 .map_err(|error| CatalogError::Invalid(error.to_string()))?;
             let client = MetadataClient::new(channel)
                 .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -248,11 +248,13 @@ catalog_of! {
     list_nodes(v1::ListNodesRequest) -> v1::ListNodesResponse, Safe;
     drain_node(v1::DrainNodeRequest) -> v1::Node, Safe;
     remove_node(v1::RemoveNodeRequest) -> v1::Node, Safe;
-    settle_partition(v1::SettlePartitionRequest) -> v1::SettlePartitionResponse, Safe;
-    get_placement(v1::PoolRef) -> v1::PlacementTable, Safe;
+    settle_partitions(v1::SettlePartitionsRequest) -> v1::SettlePartitionsResponse, Safe;
+    get_placement(v1::GetPlacementRequest) -> v1::PlacementTable, Safe;
     report_debt(v1::ReportDebtRequest) -> v1::ReportDebtResponse, Safe;
     list_debt(v1::ListDebtRequest) -> v1::ListDebtResponse, Safe;
-    settle_debt(v1::SettleDebtRequest) -> v1::SettleDebtResponse, Safe;
+    settle_debts(v1::SettleDebtsRequest) -> v1::SettleDebtsResponse, Safe;
+    lead_steward(v1::LeadStewardRequest) -> v1::Steward, Safe;
+    get_steward(v1::GetStewardRequest) -> v1::Steward, Safe;
     add_to_set(v1::AddToSetRequest) -> v1::CheckpointSet, Safe;
     list_sets(v1::ListSetsRequest) -> v1::ListSetsResponse, Safe;
     latest_set(v1::LatestSetRequest) -> v1::CheckpointSet, Safe;

@@ -32,7 +32,7 @@ pub(super) struct NodeLink {
 impl NodeLink {
     pub(super) fn new(address: &str, options: &ConnectOptions) -> Result<Self, AddressError> {
         let client = |_| {
-            Ok(RecordStoreClient::new(channel(address, options.connect_timeout)?)
+            Ok(RecordStoreClient::new(channel(address, options)?)
                 .max_decoding_message_size(MESSAGE_BYTES_MAX)
                 .max_encoding_message_size(MESSAGE_BYTES_MAX))
         };

@@ -1,6 +1,7 @@
 //! The repository over gRPC.
 
 mod catalog;
+mod dial;
 mod link;
 mod pool;
 mod status;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use tonic::transport::{Channel, Endpoint};
 
 pub use catalog::RemoteCatalog;
+pub use dial::{Connection, Dial};
 pub use pool::{RemotePool, RemotePools};
 
 use crate::clock::{Clock, MonotonicClock};
@@ -55,6 +57,8 @@ pub struct ConnectOptions {
     pub channels_per_node: usize,
     /// Times the compression.
     pub clock: Arc<dyn Clock>,
+    /// Makes the connections; `None`: TCP.
+    pub dial: Option<Arc<dyn Dial>>,
 }
 
 impl Default for ConnectOptions {
@@ -68,6 +72,7 @@ impl Default for ConnectOptions {
             write_deadline: Duration::from_secs(30),
             channels_per_node: 2,
             clock: Arc::new(MonotonicClock::default()),
+            dial: None,
         }
     }
 }
@@ -81,6 +86,7 @@ impl std::fmt::Debug for ConnectOptions {
             .field("read_deadline", &self.read_deadline)
             .field("write_deadline", &self.write_deadline)
             .field("channels_per_node", &self.channels_per_node)
+            .field("dial", &self.dial)
             .finish_non_exhaustive()
     }
 }
@@ -90,7 +96,7 @@ impl std::fmt::Debug for ConnectOptions {
 ///
 /// # Errors
 /// When the address makes no sense. Needs a tokio runtime.
-pub fn channel(address: &str, connect_timeout: Duration) -> Result<Channel, AddressError> {
+pub fn channel(address: &str, options: &ConnectOptions) -> Result<Channel, AddressError> {
     let url =
         if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
     let endpoint = Endpoint::from_shared(url)
@@ -98,16 +104,19 @@ pub fn channel(address: &str, connect_timeout: Duration) -> Result<Channel, Addr
         .filter(|endpoint| endpoint.uri().host().is_some_and(|host| !host.is_empty()))
         .filter(|endpoint| endpoint.uri().port_u16().is_some_and(|port| port != 0))
         .ok_or_else(|| AddressError(address.to_owned()))?;
-    Ok(endpoint
-        .connect_timeout(connect_timeout)
+    let endpoint = endpoint
+        .connect_timeout(options.connect_timeout)
         .tcp_nodelay(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-        .keep_alive_while_idle(true)
-        .connect_lazy())
+        .keep_alive_while_idle(true);
+    Ok(match &options.dial {
+        None => endpoint.connect_lazy(),
+        Some(dial) => endpoint.connect_with_connector_lazy(dial::Dialer(Arc::clone(dial))),
+    })
 }
 
 /// An address that is no `host:port`.

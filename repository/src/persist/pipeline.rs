@@ -281,14 +281,23 @@ impl Pipeline<'_> {
         };
         let groups =
             grouped(absent.map(object), self.job.limits.put_bytes, |object| object.plain.len());
-        stream::iter(groups)
-            .map(Ok)
-            .try_for_each_concurrent(self.job.limits.puts.max(1), |group| async move {
+        let puts = stream::iter(groups).map(Ok).try_for_each_concurrent(
+            self.job.limits.puts.max(1),
+            |group| async move {
                 let stored = self.put(group).await?;
                 self.report(|found| found.stats.stored_bytes += stored.bytes);
                 Ok::<(), PersistError>(())
-            })
-            .await?;
+            },
+        );
+        #[cfg(feature = "planted-bugs")]
+        if blobcr_proto::planted::has(blobcr_proto::planted::Bug::PublishEarly) {
+            let soon = std::time::Duration::from_millis(20);
+            return match tokio::time::timeout(soon, puts).await {
+                Ok(Err(error)) => Err(error),
+                Ok(Ok(())) | Err(_) => Ok(updated.root),
+            };
+        }
+        puts.await?;
         Ok(updated.root)
     }
 }

@@ -21,6 +21,11 @@
 //!    generation itself, in the order of its writes: a touch that comes first saves the record, and
 //!    one that comes later says that it is missing, so that the writer stores it again.
 //!
+//! What lies on a node that its pool's table does not name for it goes as well, marked or not, once
+//! its partition has settled. The tables are read after the bound, so a table that gives the node
+//! such records again is either seen here, or newer than the bound: then whatever repair counts on
+//! there has a generation above it (see `repair`).
+//!
 //! Marks are exact and have a budget. When they do not fit, a pass covers only as much of the range
 //! of identities as does, and steps 3 to 5 are repeated for the rest, with the same bound.
 
@@ -28,11 +33,14 @@ mod marks;
 
 use std::sync::Arc;
 
+use blobcr_proto::Hash;
+use blobcr_proto::record::RecordKey;
 use blobcr_proto::v1::{self, RecordKind};
 use blobcr_repository::tree::{GeometryError, NodeSource, Reached, Root, TreeError, for_each_node};
-use blobcr_repository::{CatalogError, Repository};
+use blobcr_repository::{CatalogError, ConnectOptions, Repository};
 use futures::{StreamExt, stream};
 
+use crate::layout::{KINDS, Layout, LayoutError};
 use crate::node::{Listed, Node, NodeError, behind};
 use marks::{Marks, Visited};
 
@@ -111,6 +119,8 @@ pub struct NodeCollection {
     pub tree_nodes: u64,
     /// Bytes of both.
     pub bytes: u64,
+    /// Of the chunks and tree nodes, those that are where they do not belong any more.
+    pub misplaced: u64,
     /// Unmarked records that a writer may need, and that were left for that.
     pub spared: u64,
     /// Why the node was not swept to the end; what is left there goes the next time.
@@ -123,6 +133,9 @@ pub enum CollectError {
     /// The metadata service did not tell what must be kept.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
+    /// A pool's placement table cannot be used.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
     /// A live root's tree cannot be read whole, so nobody knows what it needs.
     #[error(
         "nothing more is collected: the tree of {image}@{number} cannot be read ({error}); run \
@@ -163,11 +176,14 @@ pub async fn collect(
     let mut collection = Collection { bound, ..Collection::default() };
     let registered = catalog.list_nodes(v1::ListNodesRequest {}).await?.nodes;
     let mut nodes: Vec<Sweeper> = stream::iter(registered)
-        .map(|node| Sweeper::open(node, bound, options.dry_run))
+        .map(|node| Sweeper::open(node, repository.options(), bound, options.dry_run))
         .buffered(NODES_AT_ONCE)
         .collect()
         .await;
     for pool in catalog.list_pools(v1::ListPoolsRequest {}).await?.pools {
+        // After the bound: see the module.
+        let layout = Layout::load(&**catalog, pool.clone()).await??;
+        let layout = layout.as_ref();
         let mut after = None;
         loop {
             let mut marks = Marks::new(after, options.mark_bytes);
@@ -179,7 +195,7 @@ pub async fn collect(
             }
             let marks_ref = &marks;
             let sweep = |mut node: Sweeper| async move {
-                node.sweep(pool.id, after, marks_ref).await;
+                node.sweep(Range { pool: pool.id, layout, after, marks: marks_ref }).await;
                 node
             };
             nodes = stream::iter(nodes).map(sweep).buffered(NODES_AT_ONCE).collect().await;
@@ -203,6 +219,10 @@ async fn bound(repository: &Repository) -> Result<u64, CatalogError> {
     let release = v1::ReleaseLeaseRequest { lease_id: lease.id };
     if let Err(error) = catalog.release_lease(release).await {
         tracing::debug!(%error, "the collector's lease was not released: it will run out");
+    }
+    #[cfg(feature = "planted-bugs")]
+    if blobcr_proto::planted::has(blobcr_proto::planted::Bug::CollectLeased) {
+        return Ok(lease.generation);
     }
     // Should the lease have ended before the bound was read, it counts all the same.
     Ok(bound?.generation.min(lease.generation))
@@ -259,6 +279,24 @@ async fn mark_root(
     walked.map_err(|error| CollectError::Tree { image, number, error })
 }
 
+/// What a pass sweeps of one pool.
+#[derive(Clone, Copy)]
+struct Range<'a> {
+    pool: u32,
+    /// Absent while the pool has no table.
+    layout: Option<&'a Layout>,
+    after: Option<Hash>,
+    marks: &'a Marks,
+}
+
+impl Range<'_> {
+    /// Whether the node is to have the record, as far as the table says.
+    fn belongs(&self, node: Option<u32>, listed: &Listed) -> bool {
+        let Ok(key) = RecordKey::try_from(&listed.key) else { return true };
+        self.layout.is_none_or(|layout| layout.belongs(node, &key))
+    }
+}
+
 /// Sweeps one node.
 struct Sweeper {
     node: Option<Node>,
@@ -268,10 +306,15 @@ struct Sweeper {
 }
 
 impl Sweeper {
-    async fn open(registered: v1::Node, bound: u64, dry_run: bool) -> Self {
+    async fn open(
+        registered: v1::Node,
+        options: &ConnectOptions,
+        bound: u64,
+        dry_run: bool,
+    ) -> Self {
         let (node, address) = (registered.id.clone(), registered.address.clone());
         let mut done = NodeCollection { node, address, ..NodeCollection::default() };
-        let node = match Node::open(registered).await {
+        let node = match Node::open(registered, options).await {
             Ok(node) => Some(node),
             Err(error) => {
                 done.failed = Some(error);
@@ -281,12 +324,11 @@ impl Sweeper {
         Self { node, bound, dry_run, done }
     }
 
-    /// Sweeps the range of `marks`. A node that failed once is left out from then on.
-    async fn sweep(&mut self, pool: u32, after: Option<blobcr_proto::Hash>, marks: &Marks) {
+    /// Sweeps a range. A node that failed once is left out from then on.
+    async fn sweep(&mut self, range: Range<'_>) {
         let Some(node) = self.node.take() else { return };
-        for kind in [RecordKind::Chunk, RecordKind::TreeNode] {
-            let from = after.map(|id| behind(kind, id));
-            if let Err(error) = self.sweep_kind(&node, pool, kind, from, marks).await {
+        for kind in KINDS {
+            if let Err(error) = self.sweep_kind(&node, kind, range).await {
                 tracing::warn!(%error, "not swept to the end");
                 self.done.failed = Some(error);
                 return;
@@ -298,11 +340,12 @@ impl Sweeper {
     async fn sweep_kind(
         &mut self,
         node: &Node,
-        pool: u32,
         kind: RecordKind,
-        mut from: Option<v1::RecordRef>,
-        marks: &Marks,
+        range: Range<'_>,
     ) -> Result<(), NodeError> {
+        let Range { pool, layout, after, marks } = range;
+        let at = layout.and_then(|layout| layout.find(&node.registered.id));
+        let mut from = after.map(|id| behind(kind, id));
         loop {
             let (page, more) = node.list(pool, kind, from, LIST_PAGE).await?;
             from = page.last().map(|listed| listed.key.clone());
@@ -312,11 +355,17 @@ impl Sweeper {
             // What lies beyond the range is behind everything in it.
             let more = more && within.len() == listed;
             self.done.examined += within.len() as u64;
-            let (garbage, spared): (Vec<Listed>, Vec<Listed>) = within
-                .into_iter()
-                .filter(|listed| !marks.contains(&listed.id))
-                .partition(|listed| listed.generation < self.bound);
+            let (marked, unmarked): (Vec<Listed>, Vec<Listed>) =
+                within.into_iter().partition(|listed| marks.contains(&listed.id));
+            let old = |listed: &Listed| listed.generation < self.bound;
+            let (mut garbage, spared): (Vec<Listed>, Vec<Listed>) =
+                unmarked.into_iter().partition(old);
+            let misplaced = marked.into_iter().filter(old);
+            let misplaced: Vec<Listed> =
+                misplaced.filter(|listed| !range.belongs(at, listed)).collect();
             self.done.spared += spared.len() as u64;
+            self.done.misplaced += misplaced.len() as u64;
+            garbage.extend(misplaced);
             for some in garbage.chunks(DELETED_AT_ONCE) {
                 self.delete(node, pool, kind, some).await?;
             }

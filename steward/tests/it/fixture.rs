@@ -23,6 +23,7 @@ use blobcr_steward::{CollectOptions, Collection, collect};
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio_stream::wrappers::TcpListenerStream;
 
 pub(crate) const CHUNK: usize = ChunkSize::MIN.len();
@@ -35,6 +36,8 @@ pub(crate) struct Fixture {
     pub(crate) clock: Arc<ManualClock>,
     pub(crate) stores: Vec<Arc<ChunkStore>>,
     nodes: Vec<v1::RegisterNodeRequest>,
+    /// What serves each node; `None` while it is away.
+    served: Vec<Option<Runtime>>,
     address: String,
     _dirs: Vec<tempfile::TempDir>,
 }
@@ -59,6 +62,7 @@ impl Fixture {
             clock,
             stores: Vec::new(),
             nodes: Vec::new(),
+            served: Vec::new(),
             address,
             _dirs: Vec::new(),
         };
@@ -68,14 +72,14 @@ impl Fixture {
         fixture
     }
 
-    async fn add_node(&mut self) {
+    /// A node that is new, and empty. Returns its place.
+    pub(crate) async fn add_node(&mut self) -> usize {
         let dir = tempfile::tempdir().unwrap();
         let options =
             blobcr_repo_node::Options { reserve_bytes: Some(1 << 20), ..Default::default() };
         let store = Arc::new(ChunkStore::open(dir.path(), options).unwrap().0);
-        let router = blobcr_repo_node::server_builder()
-            .add_service(blobcr_repo_node::service(Arc::clone(&store)));
-        let address = serve(router).await;
+        let (address, served) = serve_node(&store);
+        self.served.push(Some(served));
         let id = store.node_id();
         let domain = id.clone();
         let request = v1::RegisterNodeRequest { id, address, domain, cluster: String::new() };
@@ -83,13 +87,40 @@ impl Fixture {
         self.nodes_are_there().await;
         self.stores.push(store);
         self._dirs.push(dir);
+        self.nodes.len() - 1
+    }
+
+    /// The node does not answer any more, nor say that it is there.
+    pub(crate) fn stop_node(&mut self, node: usize) {
+        self.served[node].take().unwrap().shutdown_background();
+    }
+
+    /// It answers again, elsewhere.
+    pub(crate) async fn start_node(&mut self, node: usize) {
+        let (address, served) = serve_node(&self.stores[node]);
+        self.served[node] = Some(served);
+        self.nodes[node].address = address;
+        self.nodes_are_there().await;
+    }
+
+    pub(crate) fn id(&self, node: usize) -> String {
+        self.nodes[node].id.clone()
     }
 
     /// As each node says every few seconds.
-    async fn nodes_are_there(&self) {
-        for node in &self.nodes {
-            self.service.manager().register_node(node.clone()).await.unwrap();
+    pub(crate) async fn nodes_are_there(&self) {
+        for (node, served) in self.nodes.iter().zip(&self.served) {
+            if served.is_some() {
+                self.service.manager().register_node(node.clone()).await.unwrap();
+            }
         }
+    }
+
+    /// Those that are away are down, and what they hold moves.
+    pub(crate) async fn place(&self) -> usize {
+        self.clock.advance_ms(61_000);
+        self.nodes_are_there().await;
+        self.service.manager().place().await.unwrap()
     }
 
     fn catalog(&self) -> Arc<dyn Catalog> {
@@ -172,6 +203,56 @@ impl Fixture {
         lost.await.unwrap().unwrap();
     }
 
+    /// Every record that is anywhere.
+    pub(crate) fn records(&self) -> BTreeSet<(RecordKind, Hash)> {
+        let mut all = BTreeSet::new();
+        for (store, kind) in self
+            .stores
+            .iter()
+            .flat_map(|store| [RecordKind::Chunk, RecordKind::TreeNode].map(|kind| (store, kind)))
+        {
+            for record in store.list(POOL, kind, None, usize::MAX).0 {
+                all.insert((kind, Hash::from_slice(&record.r#ref.unwrap().id).unwrap()));
+            }
+        }
+        all
+    }
+
+    /// Every shard of a chunk, and its node.
+    pub(crate) fn all_shards(&self) -> BTreeSet<(usize, RecordKey)> {
+        let of = |(at, store): (usize, &Arc<ChunkStore>)| {
+            let (listed, _) = store.list(POOL, RecordKind::Chunk, None, usize::MAX);
+            let key = move |record: v1::ListedRecord| {
+                (at, RecordKey::try_from(&record.r#ref.unwrap()).unwrap())
+            };
+            listed.into_iter().map(key).collect::<Vec<_>>()
+        };
+        self.stores.iter().enumerate().flat_map(of).collect()
+    }
+
+    pub(crate) async fn lose_shard(&self, node: usize, key: RecordKey) {
+        let store = Arc::clone(&self.stores[node]);
+        let lost = tokio::task::spawn_blocking(move || store.delete(POOL, u64::MAX, &[key]));
+        assert_eq!(lost.await.unwrap().unwrap().deleted, 1);
+    }
+
+    /// A node's disk gives back another shard, with a checksum that fits.
+    pub(crate) async fn replace_shard(&self, node: usize, key: RecordKey) {
+        let store = Arc::clone(&self.stores[node]);
+        let replaced = tokio::task::spawn_blocking(move || {
+            let blobcr_repo_node::Fetched::Found(mut record) = store.get(POOL, key) else {
+                panic!("{key:?} is not there");
+            };
+            let mut payload = record.payload.to_vec();
+            *payload.last_mut().unwrap() ^= 1;
+            record.payload_crc32c = blobcr_proto::codec::crc32c(&payload);
+            record.payload = payload.into();
+            store.delete(POOL, u64::MAX, &[key]).unwrap();
+            store.put(POOL, 1, &[record]).unwrap();
+        });
+        replaced.await.unwrap();
+    }
+
     /// What the nodes hold, by node.
     pub(crate) fn held(&self) -> Vec<BTreeSet<Hash>> {
         let of_kind = |store: &ChunkStore, kind| {
@@ -219,12 +300,34 @@ pub(crate) fn small() -> CollectOptions {
     CollectOptions { mark_bytes: 0, visited_bytes: 1000, ..CollectOptions::default() }
 }
 
+/// Serves in a runtime of its own: with it go its connections.
+fn serve_node(store: &Arc<ChunkStore>) -> (String, Runtime) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let service = blobcr_repo_node::service(Arc::clone(store));
+    let router = blobcr_repo_node::server_builder().add_service(service);
+    runtime.spawn(async move {
+        let incoming = TcpListenerStream::new(TcpListener::from_std(listener).unwrap());
+        router.serve_with_incoming(incoming).await
+    });
+    (address, runtime)
+}
+
 async fn serve(router: tonic::transport::server::Router) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     // It ends with the test's runtime.
     tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
     address
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        self.served.drain(..).flatten().for_each(Runtime::shutdown_background);
+    }
 }
 
 pub(crate) fn named(name: &str) -> v1::ImageRef {

@@ -5,4 +5,5 @@
 mod fixture;
 mod model;
 mod races;
+mod repair;
 mod scrub;

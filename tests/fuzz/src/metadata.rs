@@ -4,7 +4,7 @@ use blobcr_metadata::fuzzing;
 use blobcr_metadata::records::{
     self, ClusterRecord, CounterRecord, DebtRecord, ImageNameRecord, ImageRecord, LeaseRecord,
     LeaseWorkRecord, NodeRecord, PinRecord, PlacementPartRecord, PlacementRecord, PoolNameRecord,
-    PoolRecord, Record, RemovalRecord, SetRecord, SetVmRecord, SnapshotRecord,
+    PoolRecord, Record, RemovalRecord, SetRecord, SetVmRecord, SnapshotRecord, StewardRecord,
 };
 use blobcr_metadata::store::{KEY_BYTES_MAX, Key};
 use blobcr_proto::codec::crc32c;
@@ -49,6 +49,7 @@ fn record(input: &[u8]) {
         RemovalRecord,
         DebtRecord,
         ClusterRecord,
+        StewardRecord,
         PinRecord
     );
 }
@@ -74,6 +75,7 @@ fn record_seeds() -> Vec<Vec<u8>> {
     let golden = [
         include_str!("../../../metadata/golden/records-v1.txt"),
         include_str!("../../../metadata/golden/records-v1-members.txt"),
+        include_str!("../../../metadata/golden/records-v1-repair.txt"),
     ];
     let of = |line: &str| {
         let mut words = line.split(' ').skip(1);

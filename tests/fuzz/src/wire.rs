@@ -257,7 +257,7 @@ messages!(
     AcquireLeaseRequest,
     CreatePoolRequest,
     RegisterNodeRequest,
-    SettlePartitionRequest,
+    SettlePartitionsRequest,
     ReportDebtRequest,
     Debt,
     AddToSetRequest,
@@ -271,6 +271,12 @@ messages!(
     WaitStableReply,
     VmStatusReply,
     AddVmRequest,
+    GetPlacementRequest,
+    SettleDebtsRequest,
+    LeadStewardRequest,
+    Steward,
+    CheckRequest,
+    CheckResponse,
 );
 
 fn messages(input: &[u8]) {

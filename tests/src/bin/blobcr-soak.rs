@@ -12,7 +12,7 @@ use blobcr_tests::cluster::Cluster;
 use blobcr_tests::disk_file::{noise, sparse};
 use blobcr_tests::integrity::model::{Tally, trial};
 use blobcr_tests::integrity::tools::{Engine, fio, fsx};
-use blobcr_tests::integrity::{check_snapshots, with_commits};
+use blobcr_tests::integrity::{COMMIT_EVERY, check_snapshots, with_commits};
 use rustix::process::Signal;
 
 /// Of the disk that fio and fsx get.
@@ -33,11 +33,12 @@ fn tools(seed: u64) -> Result<()> {
     cluster.import(&raw, "base")?;
     let path = cluster.attach("base", "d")?;
     for engine in Engine::ALL {
-        let made = with_commits(&path, || fio(&path, SIZE, engine, FIO_TIME, seed))?;
+        let made =
+            with_commits(&path, COMMIT_EVERY, || fio(&path, SIZE, engine, FIO_TIME, seed, None))?;
         check_snapshots(&cluster, &path, &made)?;
         println!("seed {seed}: fio with {engine:?}: {} snapshots verified", made.len());
     }
-    let made = with_commits(&path, || fsx(&path, FSX_OPERATIONS, seed))?;
+    let made = with_commits(&path, COMMIT_EVERY, || fsx(&path, FSX_OPERATIONS, seed))?;
     check_snapshots(&cluster, &path, &made)?;
     println!("seed {seed}: fsx: {} snapshots verified", made.len());
     cluster.stop(Signal::TERM)

@@ -14,14 +14,18 @@ use crate::disk_file::same;
 use crate::mounted::{Committed, MountedDisk};
 
 /// Between two COMMITs beside a tool that writes: about as long as one needs to become stable.
-const COMMIT_EVERY: Duration = Duration::from_millis(100);
+pub const COMMIT_EVERY: Duration = Duration::from_millis(100);
 
-/// Makes COMMIT after COMMIT of the disk at `path` while `work` runs. Returns what they made, the
+/// Makes a COMMIT of the disk at `path` now and then while `work` runs. Returns what they made, the
 /// oldest first; the last one was made when the work was done.
 ///
 /// # Errors
 /// The work's own, or when a COMMIT fails.
-pub fn with_commits(path: &Path, work: impl FnOnce() -> Result<()>) -> Result<Vec<Committed>> {
+pub fn with_commits(
+    path: &Path,
+    every: Duration,
+    work: impl FnOnce() -> Result<()>,
+) -> Result<Vec<Committed>> {
     let done = AtomicBool::new(false);
     let disk = MountedDisk::open(path, false)?;
     std::thread::scope(|scope| {
@@ -29,7 +33,7 @@ pub fn with_commits(path: &Path, work: impl FnOnce() -> Result<()>) -> Result<Ve
             let mut made = Vec::new();
             while !done.load(Ordering::Relaxed) {
                 made.push(disk.commit().context("COMMIT beside a writer")?);
-                std::thread::sleep(COMMIT_EVERY);
+                std::thread::sleep(every);
             }
             made.push(disk.commit_stable()?);
             Ok(made)

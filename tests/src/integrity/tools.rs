@@ -34,11 +34,19 @@ impl Engine {
 }
 
 /// Lets fio write blocks of random sizes at random places of the disk at `path` for `time`, with
-/// direct I/O and now and then a flush, and read back and verify each of them.
+/// direct I/O and now and then a flush, and read back and verify each of them. `rate` is what it writes
+/// in a second at most, in bytes.
 ///
 /// # Errors
 /// What fio found.
-pub fn fio(path: &Path, size: u64, engine: Engine, time: Duration, seed: u64) -> Result<()> {
+pub fn fio(
+    path: &Path,
+    size: u64,
+    engine: Engine,
+    time: Duration,
+    seed: u64,
+    rate: Option<u64>,
+) -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let ran = Command::new("fio")
         .current_dir(&scratch)
@@ -52,6 +60,7 @@ pub fn fio(path: &Path, size: u64, engine: Engine, time: Duration, seed: u64) ->
         .arg(format!("--randseed={seed}"))
         .arg(format!("--size={size}"))
         .arg(format!("--filename={}", path.display()))
+        .args(rate.map(|bytes| format!("--rate=,{bytes}")))
         .output()
         .context("start fio (tests/setup.sh installs it)")?;
     let ran = Ran::from(ran);

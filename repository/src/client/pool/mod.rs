@@ -13,6 +13,7 @@ mod read_many;
 mod touch;
 mod write;
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use blobcr_proto::policy::{Compression, Policy};
 use blobcr_proto::record::RecordKey;
 use blobcr_proto::v1::{self, RecordKind};
 use bytes::Bytes;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::ConnectOptions;
 use super::link::{Links, NodeLink};
@@ -37,6 +38,8 @@ use crate::{Catalog, CatalogError, Object, ObjectStore, StoreError, Stored};
 
 /// The placement table is asked for at most so often when nodes fail.
 const REFRESH_EVERY: Duration = Duration::from_millis(500);
+/// For the metadata service to answer when a node has told of a newer table: the old one still does.
+const HINT_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Opens the pools of a repository. Pools share the connections to their nodes.
 #[derive(Debug)]
@@ -78,7 +81,10 @@ impl PoolOpener for RemotePools {
             stripe,
             compressor: Arc::new(Compressor::new(compression, Arc::clone(&self.options.clock))),
             links: Arc::clone(&self.links),
-            placement: RwLock::new(None),
+            table: RwLock::new(None),
+            version: AtomicU64::new(0),
+            heard: AtomicU64::new(0),
+            deaf: AtomicBool::new(false),
             refresh: tokio::sync::Mutex::new(None),
             chunk_pace: Pace::default(),
             node_pace: Pace::default(),
@@ -92,6 +98,16 @@ impl PoolOpener for RemotePools {
 struct Holder {
     link: Arc<NodeLink>,
     place: usize,
+    /// Its index in the table.
+    node: u32,
+}
+
+/// The table that is in use.
+#[derive(Clone)]
+struct Known {
+    placement: Arc<Placement>,
+    /// It was the newest when the lease of this generation had been given.
+    generation: u64,
 }
 
 /// One pool.
@@ -103,7 +119,12 @@ pub struct RemotePool {
     catalog: Arc<dyn Catalog>,
     compressor: Arc<Compressor>,
     links: Arc<Links>,
-    placement: RwLock<Option<Arc<Placement>>>,
+    table: RwLock<Option<Known>>,
+    /// The version of the table in use, and the newest that a node has told of.
+    version: AtomicU64,
+    heard: AtomicU64,
+    /// What nodes tell is not heard until the metadata service answers again.
+    deaf: AtomicBool,
     /// When the table was last asked for. Held while it is.
     refresh: tokio::sync::Mutex<Option<Instant>>,
     /// How long nodes take to answer: for chunks and for tree nodes.
@@ -118,55 +139,119 @@ impl std::fmt::Debug for RemotePool {
 }
 
 impl RemotePool {
-    async fn placement(&self) -> Result<Arc<Placement>, StoreError> {
-        let known = self.placement.read().unwrap_or_else(PoisonError::into_inner).clone();
-        match known {
-            Some(placement) => Ok(placement),
-            None => self.refreshed(None).await,
+    fn known(&self) -> Option<Known> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The table to read under; to write, one that was asked for since the lease of `generation`
+    /// was given. So once all leases from before a table have ended, nobody writes under an older
+    /// one.
+    async fn placement(&self, generation: u64) -> Result<Arc<Placement>, StoreError> {
+        let good = |known: &Known| {
+            known.generation >= generation
+                && known.placement.version() >= self.heard.load(Ordering::Relaxed)
+        };
+        if let Some(known) = self.known().filter(good) {
+            return Ok(known.placement);
+        }
+        let mut last = self.refresh.lock().await;
+        match self.known() {
+            Some(known) if good(&known) => Ok(known.placement),
+            Some(known) if known.generation >= generation => {
+                let fetch = self.fetch(&mut last, Some(&known), known.generation);
+                let newest = timeout(HINT_DEADLINE, fetch).await;
+                // A node may be wrong about a newer one, and an old one is good enough: without the
+                // metadata service nobody waits for it twice.
+                self.heard.store(0, Ordering::Relaxed);
+                let Ok(Ok(newest)) = newest else {
+                    self.deaf.store(true, Ordering::Relaxed);
+                    return Ok(known.placement);
+                };
+                Ok(newest)
+            }
+            Some(known) => self.fetch(&mut last, Some(&known), generation).await,
+            None => self.fetch(&mut last, None, generation).await,
+        }
+    }
+
+    /// What a node is told: the table in use.
+    fn table_version(&self) -> u64 {
+        self.version.load(Ordering::Relaxed)
+    }
+
+    /// What a node tells: the newest table that it knows of.
+    fn heard_of(&self, newest_table: u64) {
+        if !self.deaf.load(Ordering::Relaxed) {
+            self.heard.fetch_max(newest_table, Ordering::Relaxed);
         }
     }
 
     /// Asks for the table again, unless somebody else has done so since `seen` was in force, or
     /// only just now.
-    async fn refreshed(&self, seen: Option<&Arc<Placement>>) -> Result<Arc<Placement>, StoreError> {
+    async fn refreshed(&self, seen: &Arc<Placement>) -> Result<Arc<Placement>, StoreError> {
         let mut last = self.refresh.lock().await;
-        let known = self.placement.read().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(known) = known {
-            let newer = seen.is_none_or(|seen| !Arc::ptr_eq(seen, &known));
+        let mut generation = 0;
+        if let Some(known) = self.known() {
+            let newer = !Arc::ptr_eq(seen, &known.placement);
             if newer || last.is_some_and(|at| at.elapsed() < REFRESH_EVERY) {
-                return Ok(known);
+                return Ok(known.placement);
             }
+            generation = known.generation;
         }
-        let of = v1::PoolRef { id: self.pool.id, name: String::new() };
+        // Whole, though its version be the same: nodes may be at other addresses.
+        self.fetch(&mut last, None, generation).await
+    }
+
+    /// Asks for the newest table, or whether it is the one that is known.
+    async fn fetch(
+        &self,
+        last: &mut Option<Instant>,
+        known: Option<&Known>,
+        generation: u64,
+    ) -> Result<Arc<Placement>, StoreError> {
+        let known_version = known.map_or(0, |known| known.placement.version());
+        let request =
+            v1::GetPlacementRequest { id: self.pool.id, name: String::new(), known_version };
         let unavailable = |detail: String| {
             StoreError::Unavailable(format!("placement of pool {}: {detail}", self.pool.name))
         };
-        let table = self.catalog.get_placement(of).await.map_err(|e| unavailable(e.to_string()))?;
-        let placement =
-            Placement::new(table, self.policy.nodes()).map_err(|e| unavailable(e.to_string()))?;
-        let placement = Arc::new(placement);
-        *last = Some(Instant::now());
-        *self.placement.write().unwrap_or_else(PoisonError::into_inner) =
-            Some(Arc::clone(&placement));
+        let table = self.catalog.get_placement(request).await;
+        let table = table.map_err(|e| unavailable(e.to_string()))?;
+        let placement = match known {
+            Some(known) if table.version == known_version && table.partitions.is_empty() => {
+                Arc::clone(&known.placement)
+            }
+            _ => {
+                let placement = Placement::new(table, self.policy.nodes());
+                *last = Some(Instant::now());
+                Arc::new(placement.map_err(|e| unavailable(e.to_string()))?)
+            }
+        };
+        self.version.store(placement.version(), Ordering::Relaxed);
+        self.deaf.store(false, Ordering::Relaxed);
+        let known = Known { placement: Arc::clone(&placement), generation };
+        *self.table.write().unwrap_or_else(PoisonError::into_inner) = Some(known);
         Ok(placement)
     }
 
-    /// Runs `operation` under the table known; when a node cannot be reached and the table has
-    /// changed meanwhile, once more under the new one. What is owed after that is recorded.
+    /// Runs `operation`, a write under the lease of `generation` or a read (0), with the table that
+    /// is right for it; when a node cannot be reached and the table has changed meanwhile, once more
+    /// with the new one. What is owed after that is recorded.
     async fn under_placement<T, F>(
         &self,
+        generation: u64,
         operation: impl Fn(Arc<Placement>) -> F,
     ) -> Result<T, StoreError>
     where
         F: Future<Output = Result<(T, Debt), StoreError>>,
     {
-        let placement = self.placement().await?;
+        let placement = self.placement(generation).await?;
         let first = operation(Arc::clone(&placement)).await;
         let missed = match &first {
             Ok((_, debt)) => !debt.is_empty(),
             Err(error) => !matches!(error, StoreError::Damaged { .. }),
         };
-        let newer = if missed { self.refreshed(Some(&placement)).await.ok() } else { None };
+        let newer = if missed { self.refreshed(&placement).await.ok() } else { None };
         let (value, debt) = match newer {
             Some(newer) if !newer.same_nodes(&placement) => operation(newer).await,
             _ => first,
@@ -207,7 +292,7 @@ impl RemotePool {
         let row = self.row(placement, kind, id).iter().enumerate();
         row.map(|(place, node)| {
             let link = self.links.to(&placement.nodes()[*node as usize].address)?;
-            Ok(Holder { link, place })
+            Ok(Holder { link, place, node: *node })
         })
         .collect()
     }
@@ -224,7 +309,7 @@ impl RemotePool {
         let place = placement.holders(id).len();
         for node in &placement.readers(id)[place..] {
             let link = self.links.to(&placement.nodes()[*node as usize].address)?;
-            holders.push(Holder { link, place });
+            holders.push(Holder { link, place, node: *node });
         }
         if holders.len() > 1 {
             holders.sort_by_key(|holder| self.links.is_asked_last(holder.link.address()));
@@ -238,21 +323,21 @@ impl ObjectStore for RemotePool {
     async fn put(&self, generation: u64, objects: Vec<Object>) -> Result<Stored, StoreError> {
         let encoded = self.encode(objects).await?;
         let encoded = &encoded;
-        self.under_placement(|placement| async move {
+        self.under_placement(generation, |placement| async move {
             self.put_under(&placement, generation, encoded).await
         })
         .await
     }
 
     async fn get(&self, kind: RecordKind, id: &Hash) -> Result<Bytes, StoreError> {
-        self.under_placement(|placement| async move {
+        self.under_placement(0, |placement| async move {
             Ok((self.get_under(&placement, kind, *id).await?, Debt::default()))
         })
         .await
     }
 
     async fn get_many(&self, kind: RecordKind, ids: &[Hash]) -> Result<Vec<Bytes>, StoreError> {
-        self.under_placement(|placement| async move {
+        self.under_placement(0, |placement| async move {
             Ok((self.get_many_under(&placement, kind, ids).await?, Debt::default()))
         })
         .await
@@ -264,7 +349,7 @@ impl ObjectStore for RemotePool {
         kind: RecordKind,
         ids: &[Hash],
     ) -> Result<Vec<bool>, StoreError> {
-        self.under_placement(|placement| async move {
+        self.under_placement(generation, |placement| async move {
             self.touch_under(&placement, generation, kind, ids).await
         })
         .await

@@ -52,9 +52,12 @@ impl RemotePool {
     /// Records of one object from one node, in the order of `keys`.
     async fn ask(&self, link: &NodeLink, keys: &[RecordKey]) -> Answer<Vec<v1::Found>> {
         let refs = keys.iter().map(|key| key.to_ref()).collect();
-        let answer = link.get(v1::GetRequest { pool: self.pool.id, refs }).await;
+        let (pool, table_version) = (self.pool.id, self.table_version());
+        let answer = link.get(v1::GetRequest { pool, refs, table_version }).await;
         self.links.noted(link, &answer);
-        answer.map(|answer| answer.found)
+        let answer = answer?;
+        self.heard_of(answer.newest_table);
+        Ok(answer.found)
     }
 
     /// Counts how long an answer took that was of use.

@@ -75,7 +75,8 @@ impl RemotePool {
     ) -> Vec<(usize, Bytes)> {
         let Question { link, places, others } = question;
         let refs = places.iter().map(|at| RecordKey::whole(kind, ids[*at]).to_ref()).collect();
-        let request = link.get(v1::GetRequest { pool: self.pool.id, refs });
+        let (pool, table_version) = (self.pool.id, self.table_version());
+        let request = link.get(v1::GetRequest { pool, refs, table_version });
         let begun = Instant::now();
         let patience = self.pace_of(kind).patience();
         let answer = if others {
@@ -92,7 +93,9 @@ impl RemotePool {
         self.links.noted(&link, &answer);
         self.timed(kind, begun, &answer);
         let mut plains = Vec::with_capacity(places.len());
-        let found = answer.map_or_else(|_| Vec::new(), |answer| answer.found);
+        let answer = answer.unwrap_or_default();
+        self.heard_of(answer.newest_table);
+        let found = answer.found;
         for (found, at) in found.into_iter().zip(places) {
             // What it lacks comes from others, and with it why, if they lack it too.
             if let Ok(plain) = opened(found, kind, ids[at]).await {

@@ -22,7 +22,8 @@ const TOUCH_REQUEST_REFS: usize = 4096;
 struct Heard {
     held: usize,
     lacking: bool,
-    /// The last that did not say anything, and why.
+    /// Those that did not say anything, and why the last of them did not.
+    missed: Vec<u32>,
     silent: Option<StoreError>,
 }
 
@@ -40,8 +41,11 @@ impl RemotePool {
     ) -> Answer<Vec<bool>> {
         let key = |(at, place): &(usize, usize)| self.key_at(kind, ids[*at], *place).to_ref();
         let refs = places.iter().map(key).collect();
-        let request = v1::TouchRequest { pool: self.pool.id, generation, refs };
-        Ok(link.touch(request).await?.present)
+        let (pool, table_version) = (self.pool.id, self.table_version());
+        let request = v1::TouchRequest { pool, generation, refs, table_version };
+        let answer = link.touch(request).await?;
+        self.heard_of(answer.newest_table);
+        Ok(answer.present)
     }
 
     /// An object is there when every holder that answers has it, and those are as many as must be;
@@ -60,11 +64,13 @@ impl RemotePool {
             }
         }
         let mut links = Vec::new();
+        let mut nodes = Vec::new();
         let mut requests = Vec::new();
         for (node, places) in &by_node {
             let link = self.links.to(&placement.nodes()[*node as usize].address)?;
             for some in places.chunks(TOUCH_REQUEST_REFS) {
                 links.push(Arc::clone(&link));
+                nodes.push(*node);
                 requests.push(some);
             }
         }
@@ -74,8 +80,9 @@ impl RemotePool {
             .map(|(link, places)| self.touch_at(generation, kind, ids, link, places));
         let answers = self.gather(&links, asks, 0).await;
         let mut heard = vec![Heard::default(); ids.len()];
-        for ((answer, link), places) in answers.into_iter().zip(&links).zip(requests) {
-            hear(&mut heard, answer, link, places, kind, ids)?;
+        let asked = links.iter().zip(nodes).zip(requests);
+        for (answer, ((link, node), places)) in answers.into_iter().zip(asked) {
+            hear(&mut heard, answer, (link, node), places, kind, ids)?;
         }
         self.judge(placement, kind, ids, heard)
     }
@@ -90,14 +97,14 @@ impl RemotePool {
         let least = self.policy.of(kind).write_least();
         let mut debt = Debt::default();
         let mut present = Vec::with_capacity(ids.len());
-        for (id, Heard { held, lacking, silent }) in ids.iter().zip(heard) {
+        for (id, Heard { held, lacking, missed, silent }) in ids.iter().zip(heard) {
             match silent {
                 None => present.push(!lacking),
                 // To put it would say so as well, at the cost of the object's bytes.
                 Some(error) if !lacking && held < least => return Err(error),
                 Some(_) => {
                     if !lacking {
-                        debt.add(placement.partition(id));
+                        debt.add(placement, placement.partition(id), &missed);
                     }
                     present.push(!lacking);
                 }
@@ -111,7 +118,7 @@ impl RemotePool {
 fn hear(
     heard: &mut [Heard],
     answer: Answer<Vec<bool>>,
-    link: &NodeLink,
+    (link, node): (&NodeLink, u32),
     places: &[(usize, usize)],
     kind: RecordKind,
     ids: &[Hash],
@@ -135,6 +142,7 @@ fn hear(
         return Err(error);
     }
     for (at, _) in places {
+        heard[*at].missed.push(node);
         heard[*at].silent = Some(error.clone());
     }
     Ok(())

@@ -37,10 +37,12 @@ impl RemotePool {
             batch.objects.iter().map(|object| object.record_for(holder.place)).collect();
         let bytes = records.iter().map(|record| record.payload.len() as u64).sum();
         let sending = self.compressor.sending();
-        let request = v1::PutRequest { pool: self.pool.id, generation, records };
+        let (pool, table_version) = (self.pool.id, self.table_version());
+        let request = v1::PutRequest { pool, generation, records, table_version };
         let answer = holder.link.put(request).await;
-        if answer.is_ok() {
+        if let Ok(answer) = &answer {
             sending.done(bytes);
+            self.heard_of(answer.newest_table);
         }
         answer
     }
@@ -60,7 +62,8 @@ impl RemotePool {
         let answers = self.gather(&links, asks, least).await;
         let mut good = Vec::with_capacity(answers.len());
         let mut worst: Option<StoreError> = None;
-        for (answer, link) in answers.into_iter().zip(&links) {
+        let mut missed = Vec::new();
+        for ((answer, link), holder) in answers.into_iter().zip(&links).zip(&batch.holders) {
             let error = match answer {
                 Ok(answer) => {
                     good.push(answer);
@@ -75,6 +78,7 @@ impl RemotePool {
                 return Err(error);
             }
             tracing::debug!(%error, "a holder did not take its copy");
+            missed.push(holder.node);
             worst = Some(worst.map_or(error.clone(), |worst| graver(worst, error)));
         }
         let mut debt = Debt::default();
@@ -82,7 +86,9 @@ impl RemotePool {
             if good.len() < least {
                 return Err(error);
             }
-            batch.objects.iter().for_each(|object| debt.add(placement.partition(&object.id)));
+            for object in &batch.objects {
+                debt.add(placement, placement.partition(&object.id), &missed);
+            }
         }
         Ok((self.stored(&batch, &good), debt))
     }
@@ -143,7 +149,7 @@ impl RemotePool {
             .try_fold(
                 (Stored::default(), Debt::default()),
                 |(sum, mut owed), (stored, debt)| async move {
-                    owed.merge(&debt);
+                    owed.merge(debt);
                     let objects = sum.objects + stored.objects;
                     Ok((Stored { objects, bytes: sum.bytes + stored.bytes }, owed))
                 },

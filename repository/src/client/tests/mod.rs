@@ -25,10 +25,10 @@ fn impatient() -> ConnectOptions {
 async fn addresses_that_make_no_sense_are_refused() {
     for bad in ["", "host", "host:", ":7000", "host:0", "host:70000", "a b:1", "http://", "unix:/x"]
     {
-        let error = channel(bad, Duration::from_secs(1)).unwrap_err();
+        let error = channel(bad, &ConnectOptions::default()).unwrap_err();
         assert_eq!(error, AddressError(bad.into()));
     }
     for good in ["127.0.0.1:7000", "localhost:1", "[::1]:7000", "http://host:7000"] {
-        channel(good, Duration::from_secs(1)).unwrap();
+        channel(good, &ConnectOptions::default()).unwrap();
     }
 }

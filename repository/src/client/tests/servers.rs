@@ -118,7 +118,7 @@ impl RecordStore for NodeService {
             let record = records.get(&RecordKey::try_from(wire).unwrap());
             v1::Found { record: record.map(|(record, _)| record.clone()), damaged: false }
         });
-        Ok(Response::new(v1::GetResponse { found: found.collect() }))
+        Ok(Response::new(v1::GetResponse { found: found.collect(), ..Default::default() }))
     }
 
     async fn touch(
@@ -132,7 +132,14 @@ impl RecordStore for NodeService {
             let held = records.get_mut(&RecordKey::try_from(wire).unwrap());
             held.map(|(_, generation)| *generation = request.generation).is_some()
         });
-        Ok(Response::new(v1::TouchResponse { present: present.collect() }))
+        Ok(Response::new(v1::TouchResponse { present: present.collect(), ..Default::default() }))
+    }
+
+    async fn check(
+        &self,
+        _: Request<v1::CheckRequest>,
+    ) -> Result<Response<v1::CheckResponse>, Status> {
+        Err(Status::unimplemented("no client checks"))
     }
 
     async fn delete(
@@ -246,16 +253,18 @@ metadata_of! {
     list_pools(ListPoolsRequest) -> ListPoolsResponse;
     register_node(RegisterNodeRequest) -> Node;
     list_nodes(ListNodesRequest) -> ListNodesResponse;
-    get_placement(PoolRef) -> PlacementTable;
+    get_placement(GetPlacementRequest) -> PlacementTable;
     add_to_set(AddToSetRequest) -> CheckpointSet;
     list_sets(ListSetsRequest) -> ListSetsResponse;
     latest_set(LatestSetRequest) -> CheckpointSet;
     drain_node(DrainNodeRequest) -> Node;
     remove_node(RemoveNodeRequest) -> Node;
-    settle_partition(SettlePartitionRequest) -> SettlePartitionResponse;
+    settle_partitions(SettlePartitionsRequest) -> SettlePartitionsResponse;
     report_debt(ReportDebtRequest) -> ReportDebtResponse;
     list_debt(ListDebtRequest) -> ListDebtResponse;
-    settle_debt(SettleDebtRequest) -> SettleDebtResponse;
+    settle_debts(SettleDebtsRequest) -> SettleDebtsResponse;
+    lead_steward(LeadStewardRequest) -> Steward;
+    get_steward(GetStewardRequest) -> Steward;
 }
 
 /// A metadata server over a catalog that it may share with others.

@@ -24,7 +24,7 @@ impl Debts {
             return Err(invalid(format!("no such debt: {debt:?}")));
         }
         self.reports += 1;
-        for v1::PartitionDebt { partition, objects } in &r.partitions {
+        for v1::PartitionDebt { partition, objects, .. } in &r.partitions {
             let debt = self.by_partition.entry((pool.id, *partition)).or_insert_with(|| v1::Debt {
                 pool: pool.id,
                 partition: *partition,
@@ -45,12 +45,15 @@ impl Debts {
         v1::ListDebtResponse { debts, more }
     }
 
-    pub(super) fn settle(&mut self, r: &v1::SettleDebtRequest) -> v1::SettleDebtResponse {
-        let key = (r.pool, r.partition);
-        let settled = self.by_partition.get(&key).is_none_or(|debt| debt.revision == r.revision);
-        if settled {
-            self.by_partition.remove(&key);
+    pub(super) fn settle(&mut self, r: &v1::SettleDebtsRequest) -> v1::SettleDebtsResponse {
+        let mut kept = Vec::new();
+        for v1::SettledDebt { partition, revision } in &r.debts {
+            let key = (r.pool, *partition);
+            match self.by_partition.get(&key) {
+                Some(debt) if debt.revision != *revision => kept.push(*partition),
+                _ => drop(self.by_partition.remove(&key)),
+            }
         }
-        v1::SettleDebtResponse { settled }
+        v1::SettleDebtsResponse { kept }
     }
 }

@@ -7,6 +7,7 @@ mod pins;
 mod pools;
 mod sets;
 mod snapshots;
+mod steward;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,6 +25,7 @@ use images::Images;
 use leases::Leases;
 use pools::Pools;
 use sets::Sets;
+use steward::Stewards;
 
 /// Ordered, because lists are.
 type ById<K, V> = BTreeMap<K, V>;
@@ -41,6 +43,7 @@ struct State {
     leases: Leases,
     pools: Pools,
     sets: Sets,
+    steward: Stewards,
 }
 
 #[derive(Debug, Default)]
@@ -186,12 +189,14 @@ catalog_of! {
     list_nodes(ListNodesRequest) -> ListNodesResponse: |s, _r| Ok(s.pools.nodes());
     drain_node(DrainNodeRequest) -> Node: |s, r| s.pools.drain(&r);
     remove_node(RemoveNodeRequest) -> Node: |s, r| s.pools.remove(&r);
-    settle_partition(SettlePartitionRequest) -> SettlePartitionResponse:
-        |_s, _r| Ok(v1::SettlePartitionResponse { settled: true });
-    get_placement(PoolRef) -> PlacementTable: |s, r| s.pools.placement(&r);
+    settle_partitions(SettlePartitionsRequest) -> SettlePartitionsResponse:
+        |_s, _r| Ok(v1::SettlePartitionsResponse { settled: true });
+    get_placement(GetPlacementRequest) -> PlacementTable: |s, r| s.pools.placement(&r);
     report_debt(ReportDebtRequest) -> ReportDebtResponse: |s, r| s.debts.report(&r, &s.pools);
     list_debt(ListDebtRequest) -> ListDebtResponse: |s, r| Ok(s.debts.list(&r));
-    settle_debt(SettleDebtRequest) -> SettleDebtResponse: |s, r| Ok(s.debts.settle(&r));
+    settle_debts(SettleDebtsRequest) -> SettleDebtsResponse: |s, r| Ok(s.debts.settle(&r));
+    lead_steward(LeadStewardRequest) -> Steward: |s, r| Ok(s.steward.lead(r));
+    get_steward(GetStewardRequest) -> Steward: |s, _r| Ok(s.steward.get());
     add_to_set(AddToSetRequest) -> CheckpointSet: |s, r| s.sets.add(r, &s.images);
     list_sets(ListSetsRequest) -> ListSetsResponse: |s, r| s.sets.list(&r, &s.images);
     latest_set(LatestSetRequest) -> CheckpointSet: |s, r| s.sets.latest(&r, &s.images);

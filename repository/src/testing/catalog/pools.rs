@@ -108,8 +108,8 @@ impl Pools {
         v1::ListNodesResponse { nodes: self.nodes.values().cloned().collect() }
     }
 
-    pub(super) fn placement(&mut self, r: &v1::PoolRef) -> Answer<v1::PlacementTable> {
-        let pool = self.get(r)?.clone();
+    pub(super) fn placement(&mut self, r: &v1::GetPlacementRequest) -> Answer<v1::PlacementTable> {
+        let pool = self.get(&v1::PoolRef { name: r.name.clone(), id: r.id })?.clone();
         let width = pool.policy.parse::<Policy>().map_err(invalid)?.nodes();
         if !self.placements.contains_key(&pool.id) {
             let ids: Vec<_> = self.nodes.keys().cloned().collect();
