@@ -48,7 +48,8 @@ pub fn resolve_all(endpoint: Option<&str>) -> Result<Vec<String>, Refusal> {
 pub fn checked_address(text: &str) -> Result<String, Refusal> {
     let valid = text.rsplit_once(':').is_some_and(|(host, port)| {
         let bare_v6 = host.contains(':') && !host.starts_with('[');
-        !host.is_empty() && !bare_v6 && port.parse::<u16>().is_ok()
+        let digits = port.bytes().all(|byte| byte.is_ascii_digit());
+        !host.is_empty() && !bare_v6 && digits && port.parse::<u16>().is_ok()
     });
     let uri = format!("http://{text}").parse::<tonic::transport::Uri>();
     // With anything behind the port, the rest would be dropped or dialled wrongly.

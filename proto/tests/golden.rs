@@ -11,7 +11,7 @@ use bytes::Bytes;
 use prost::Message;
 
 /// One line: what it is, and its bytes; they are read back too.
-fn line<M: Message + Default + PartialEq>(name: &str, message: &M) -> String {
+fn line<M: Message + Default + PartialEq + std::fmt::Debug>(name: &str, message: &M) -> String {
     let bytes = message.encode_to_vec();
     assert_eq!(M::decode(&bytes[..]).as_ref(), Ok(message), "{name}");
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();

@@ -80,6 +80,20 @@ impl Pool {
         self.rows.iter().flatten().filter(|held| *held == id).count()
     }
 
+    /// The least that moves when a node goes and the others are balanced: what it held, and what they
+    /// have to pass on, because who was in its rows already cannot take those.
+    fn least_without(&self, gone: &str) -> usize {
+        let full = (PARTITIONS * self.width).div_ceil(self.nodes.len());
+        let has = |row: &[String], id: &str| row.iter().any(|held| held == id);
+        let takes = |node: &Candidate| {
+            let free = self.rows.iter().filter(|row| has(row, gone) && !has(row, &node.id));
+            free.count().min(full.saturating_sub(self.held(&node.id)))
+        };
+        let taken: usize = self.nodes.iter().map(takes).sum();
+        let held = self.held(gone);
+        held + held.saturating_sub(taken)
+    }
+
     fn most(&self) -> usize {
         self.nodes.iter().map(|node| self.held(&node.id)).max().unwrap()
     }
@@ -125,7 +139,7 @@ proptest! {
                 Change::Remove { .. } if pool.nodes.len() == width => continue,
                 Change::Remove { which } => {
                     let gone = pool.nodes.remove(which.index(pool.nodes.len()));
-                    pool.held(&gone.id)
+                    pool.least_without(&gone.id)
                 }
             };
             let moved = pool.next();
