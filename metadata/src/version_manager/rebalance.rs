@@ -7,7 +7,7 @@
 //! mended; then nodes above their quota give places to nodes below theirs. Every place that stays,
 //! stays where it is in its row, because a shard's number is its place.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::placement::{Candidate, hash, ranked};
 
@@ -49,6 +49,8 @@ struct Table {
     held: Vec<u32>,
     rows: Vec<Vec<Option<usize>>>,
     moving: Vec<bool>,
+    /// Places whose data moves anyhow: to give one of them to yet another node costs nothing.
+    fresh: BTreeSet<(usize, usize)>,
 }
 
 impl Table {
@@ -77,6 +79,7 @@ impl Table {
             domains,
             held,
             rows,
+            fresh: BTreeSet::new(),
         }
     }
 
@@ -124,6 +127,7 @@ impl Table {
                 });
             if let Some(node) = best {
                 self.give(partition, place, node);
+                self.fresh.insert((partition, place));
             }
         }
     }
@@ -239,15 +243,18 @@ impl Table {
         }
     }
 
-    /// All places that may change, so that no place of a row comes first in every row: the first
+    /// All places that may change, first those that cost nothing, and so that no place of a row comes first in every row: the first
     /// place answers most reads.
     fn places(&self) -> Vec<(usize, usize)> {
         let free = (0..self.rows.len()).filter(|partition| !self.moving[*partition]);
-        free.flat_map(|partition| {
+        let places = free.flat_map(|partition| {
             let width = self.rows[partition].len();
             (0..width).map(move |at| (partition, (at + partition) % width))
-        })
-        .collect()
+        });
+        let (mut first, others): (Vec<_>, Vec<_>) =
+            places.partition(|place| self.fresh.contains(place));
+        first.extend(others);
+        first
     }
 }
 
