@@ -155,7 +155,8 @@ impl Recovery<'_> {
         let contents = match listing {
             Some((summary, entries)) if summary.segment_len == len => {
                 let unreadable = summary.unreadable;
-                let closed = !good_header || unreadable > 0;
+                let damaged = entries.iter().any(|entry| entry.damaged);
+                let closed = !good_header || unreadable > 0 || damaged;
                 Contents { entries, unreadable, len, closed, listed: true }
             }
             outdated => {
@@ -181,7 +182,9 @@ impl Recovery<'_> {
         contents.entries.iter().for_each(|entry| self.apply(&segment, entry));
         let mut entries = Vec::with_capacity(contents.entries.len() * listing::ENTRY_LEN);
         contents.entries.iter().for_each(|entry| entry.encode(&mut entries));
-        if is_last && !contents.closed {
+        // Behind an end that is no place of a record, nothing could be found again.
+        let fit = !contents.closed && contents.len.is_multiple_of(segment::ALIGN);
+        if is_last && fit {
             return Ok(Some(Tail { segment, entries }));
         }
         if !contents.listed {

@@ -514,3 +514,26 @@ fn a_check_reads_everything_once_and_tells_what_is_damaged() {
     assert_eq!((looked_at, damaged), (10, vec![victim.r#ref.clone().unwrap()]));
     assert_eq!(store.status().damaged_records, 1);
 }
+
+/// Found by the fuzzer: a start tells of the damage, and lists the segment; the next one must not go
+/// on in the middle of a unit.
+#[test]
+fn what_is_put_behind_a_damaged_end_of_odd_length_is_kept() {
+    let records = some_records();
+    let dir = made(&records, ONE, true);
+    let (name, place) = place(dir.path(), records.last().unwrap());
+    edit(dir.path(), &name, |bytes| {
+        bytes.truncate(place.end);
+        bytes[place.end - 1] ^= 1;
+    });
+    drop(open(dir.path(), ONE));
+    for n in 100..103 {
+        let (store, _) = open(dir.path(), ONE);
+        let new = chunk(n, 50);
+        store.put(POOL, 2, std::slice::from_ref(&new)).unwrap();
+        assert_holds(&store, POOL, &new);
+        drop(store);
+        let (store, _) = open(dir.path(), ONE);
+        assert_holds(&store, POOL, &new);
+    }
+}
