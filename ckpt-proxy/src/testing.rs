@@ -28,6 +28,7 @@ struct Facts {
     answers: BTreeMap<String, Vec<v1::DiskSnapshot>>,
     snapshots: BTreeMap<(String, u64), v1::Snapshot>,
     sets: Vec<v1::AddToSetRequest>,
+    begun: u64,
     /// The keys of all checkpoint calls, in order.
     calls: Vec<String>,
     failures: Vec<Status>,
@@ -371,6 +372,45 @@ macro_rules! metadata {
                 Ok(Response::new(set))
             }
 
+            async fn begin_set(
+                &self,
+                request: Request<v1::BeginSetRequest>,
+            ) -> Result<Response<v1::CheckpointSet>, Status> {
+                let v1::BeginSetRequest { group, expected_vms } = request.into_inner();
+                let mut facts = self.facts();
+                facts.begun += 1;
+                let sequence = facts.begun;
+                Ok(Response::new(v1::CheckpointSet {
+                    group,
+                    sequence,
+                    expected_vms,
+                    state: v1::SetState::Incomplete.into(),
+                    ..v1::CheckpointSet::default()
+                }))
+            }
+
+            async fn get_set(
+                &self,
+                request: Request<v1::GetSetRequest>,
+            ) -> Result<Response<v1::CheckpointSet>, Status> {
+                let v1::GetSetRequest { group, sequence } = request.into_inner();
+                let members = {
+                    let facts = self.facts();
+                    let sets = facts.sets.iter();
+                    let joined = sets.filter(|s| s.group == group && s.sequence == sequence);
+                    joined.flat_map(|s| s.members.clone()).collect()
+                };
+                let expected_vms = 1;
+                Ok(Response::new(v1::CheckpointSet {
+                    group,
+                    sequence,
+                    expected_vms,
+                    members,
+                    state: v1::SetState::Pending.into(),
+                    ..v1::CheckpointSet::default()
+                }))
+            }
+
             $(async fn $call(
                 &self,
                 _: Request<v1::$request>,
@@ -412,6 +452,11 @@ metadata! {
     settle_debts: SettleDebtsRequest => SettleDebtsResponse,
     list_sets: ListSetsRequest => ListSetsResponse,
     latest_set: LatestSetRequest => CheckpointSet,
+    pin_set: PinSetRequest => CheckpointSet,
+    unpin_set: PinSetRequest => CheckpointSet,
+    list_groups: ListGroupsRequest => ListGroupsResponse,
+    keep_sets: KeepSetsRequest => Group,
+    retire_sets: RetireSetsRequest => RetireSetsResponse,
     drain_node: DrainNodeRequest => Node,
     remove_node: RemoveNodeRequest => Node,
     settle_partitions: SettlePartitionsRequest => SettlePartitionsResponse,

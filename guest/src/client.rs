@@ -260,6 +260,8 @@ fn unexpected(reply: &Reply) -> GuestError {
         Reply::Checkpoint(_) => "a checkpoint",
         Reply::WaitStable(_) => "a wait",
         Reply::Status(_) => "a status",
+        Reply::BeginSet(_) | Reply::SetStatus(_) => "a set",
+        Reply::Hello(_) => "a greeting",
     };
     GuestError::BadAnswer(format!("it is of {kind}, which was not asked for"))
 }

@@ -220,4 +220,11 @@ pass_on! {
     add_to_set(v1::AddToSetRequest) -> v1::CheckpointSet;
     list_sets(v1::ListSetsRequest) -> v1::ListSetsResponse;
     latest_set(v1::LatestSetRequest) -> v1::CheckpointSet;
+    begin_set(v1::BeginSetRequest) -> v1::CheckpointSet;
+    get_set(v1::GetSetRequest) -> v1::CheckpointSet;
+    pin_set(v1::PinSetRequest) -> v1::CheckpointSet;
+    unpin_set(v1::PinSetRequest) -> v1::CheckpointSet;
+    list_groups(v1::ListGroupsRequest) -> v1::ListGroupsResponse;
+    keep_sets(v1::KeepSetsRequest) -> v1::Group;
+    retire_sets(v1::RetireSetsRequest) -> v1::RetireSetsResponse;
 }

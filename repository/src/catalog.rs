@@ -164,4 +164,23 @@ pub trait Catalog: Send + Sync + 'static {
         &self,
         request: v1::LatestSetRequest,
     ) -> Result<v1::CheckpointSet, CatalogError>;
+    async fn begin_set(
+        &self,
+        request: v1::BeginSetRequest,
+    ) -> Result<v1::CheckpointSet, CatalogError>;
+    async fn get_set(&self, request: v1::GetSetRequest) -> Result<v1::CheckpointSet, CatalogError>;
+    async fn pin_set(&self, request: v1::PinSetRequest) -> Result<v1::CheckpointSet, CatalogError>;
+    async fn unpin_set(
+        &self,
+        request: v1::PinSetRequest,
+    ) -> Result<v1::CheckpointSet, CatalogError>;
+    async fn list_groups(
+        &self,
+        request: v1::ListGroupsRequest,
+    ) -> Result<v1::ListGroupsResponse, CatalogError>;
+    async fn keep_sets(&self, request: v1::KeepSetsRequest) -> Result<v1::Group, CatalogError>;
+    async fn retire_sets(
+        &self,
+        request: v1::RetireSetsRequest,
+    ) -> Result<v1::RetireSetsResponse, CatalogError>;
 }

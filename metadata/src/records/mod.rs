@@ -15,6 +15,7 @@
 mod cluster;
 mod counter;
 mod debt;
+mod group;
 mod image;
 mod image_name;
 mod lease;
@@ -33,6 +34,7 @@ mod steward;
 pub use cluster::ClusterRecord;
 pub use counter::{Counter, CounterRecord};
 pub use debt::{DebtRecord, MISSED_NODES_MAX};
+pub use group::GroupRecord;
 pub use image::ImageRecord;
 pub use image_name::ImageNameRecord;
 pub use lease::LeaseRecord;
@@ -43,7 +45,7 @@ pub use placement::{MovingFrom, PART_ROWS, PlacementPartRecord, PlacementRecord,
 pub use pool::PoolRecord;
 pub use pool_name::PoolNameRecord;
 pub use removal::RemovalRecord;
-pub use set::SetRecord;
+pub use set::{SET_HOLDER_PREFIX, SET_HOLDERS_MAX, SetRecord};
 pub use set_vm::{SetDisk, SetVmRecord, VM_DISKS_MAX};
 pub use snapshot::{SNAPSHOT_NUMBER_MAX, SnapshotRecord, check_root};
 pub use steward::{STEWARD_HOLDER_BYTES_MAX, StewardRecord};
@@ -76,6 +78,7 @@ use crate::store::Key;
 /// | `Cluster` | nothing | [`ClusterRecord`] |
 /// | `Steward` | nothing | [`StewardRecord`] |
 /// | `Pin` | image id, 8; number, 8; holder | [`PinRecord`] |
+/// | `Group` | name | [`GroupRecord`] |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum KeyKind {
@@ -115,6 +118,8 @@ pub enum KeyKind {
     Steward = 17,
     /// A snapshot that somebody needs.
     Pin = 24,
+    /// A group of VMs whose checkpoints make sets.
+    Group = 25,
 }
 
 /// A stored value that is not what it should be.

@@ -2,8 +2,14 @@
 
 use blobcr_proto::name::GroupName;
 
-use super::{KeyBuilder, KeyKind, Record};
+use super::{KeyBuilder, KeyKind, Record, check_holder};
 use crate::store::Key;
+
+/// Holders of one set at most: people and jobs, not VMs.
+pub const SET_HOLDERS_MAX: usize = 64;
+
+/// What the holders of sets' own pins begin with. A group's name has no slash.
+pub const SET_HOLDER_PREFIX: &str = "set ";
 
 /// One snapshot per disk of a group of VMs.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -20,6 +26,12 @@ pub struct SetRecord {
     /// When its first member came, in ms since 1970.
     #[prost(uint64, tag = "4")]
     pub created_unix_ms: u64,
+    /// Who keeps it, in order.
+    #[prost(string, repeated, tag = "5")]
+    pub holders: Vec<String>,
+    /// It was given up, and what it kept is being let go.
+    #[prost(bool, tag = "6")]
+    pub obsolete: bool,
 }
 
 impl SetRecord {
@@ -27,6 +39,12 @@ impl SetRecord {
     #[must_use]
     pub fn key_of(group: &str, sequence: u64) -> Key {
         KeyBuilder::new(KeyKind::Set).text(group).u8(0).u64(u64::MAX - sequence).key()
+    }
+
+    /// Under which name it pins the snapshots of its members.
+    #[must_use]
+    pub fn holder(&self) -> String {
+        format!("{SET_HOLDER_PREFIX}{}/{}", self.group, self.sequence)
     }
 
     /// What all sets of a group begin with; the newest comes first.
@@ -45,6 +63,10 @@ impl Record for SetRecord {
 
     fn check(&self) -> Result<(), &'static str> {
         GroupName::new(self.group.as_str()).map_err(|_| "no group name")?;
+        if self.holders.len() > SET_HOLDERS_MAX {
+            return Err("too many holders");
+        }
+        self.holders.iter().try_for_each(|holder| check_holder(holder))?;
         if self.expected_vms == 0 { Err("a set of no VMs") } else { Ok(()) }
     }
 }

@@ -171,7 +171,9 @@ proptest! {
         comes_back(&ImageNameRecord { name: text.clone(), image_id: a })?;
         comes_back(&SetRecord {
             group: text.clone(), sequence: a - 1, expected_vms: n, created_unix_ms: b,
+            holders: vec![text.clone()], obsolete: flag,
         })?;
+        comes_back(&GroupRecord { name: text.clone(), last_sequence: b, keep_sets: n })?;
         comes_back(&PoolRecord {
             id: n,
             name: text.clone(),
@@ -362,6 +364,7 @@ fn golden_records_of_version_1() {
             sequence: 2,
             expected_vms: 4,
             created_unix_ms: 8,
+            ..SetRecord::default()
         }),
         line(&SetVmRecord {
             group: "g".to_owned(),
@@ -423,6 +426,25 @@ fn golden_records_of_version_1() {
     ];
     let found = lines.concat();
     assert_eq!(found, include_str!("../../golden/records-v1.txt"), "this program writes:\n{found}");
+}
+
+/// What keeping and giving up sets has added.
+#[test]
+fn golden_records_of_sets() {
+    let lines = [
+        line(&SetRecord {
+            group: "g".to_owned(),
+            sequence: 2,
+            expected_vms: 4,
+            created_unix_ms: 8,
+            holders: vec!["alice".to_owned(), "job 7".to_owned()],
+            obsolete: true,
+        }),
+        line(&GroupRecord { name: "g".to_owned(), last_sequence: 2, keep_sets: 3 }),
+    ];
+    let found = lines.concat();
+    let golden = include_str!("../../golden/records-v1-sets.txt");
+    assert_eq!(found, golden, "this program writes:\n{found}");
 }
 
 /// What membership, placement that moves and debt have added since; none of it changes what the

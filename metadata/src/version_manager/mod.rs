@@ -11,6 +11,7 @@
 //! | [`placement`], [`rebalance`] | which nodes hold a partition, and how that changes |
 //! | [`debt`] | what was acknowledged with too few copies |
 //! | [`sets`] | checkpoint sets |
+//! | [`retire`] | which sets are kept, and what becomes of the others |
 //!
 //! # Invariants
 //! * Every change is one swap whose expectations cover everything that its decision was based on,
@@ -46,6 +47,7 @@ pub mod pins;
 pub mod placement;
 pub mod pools;
 pub mod rebalance;
+pub mod retire;
 pub mod sets;
 pub mod snapshots;
 pub mod steward;

@@ -1,8 +1,8 @@
 //! Pins: who needs a snapshot, so that it is not removed.
 //!
 //! # Invariant
-//! A pin is made only of a stable snapshot, and no snapshot that is pinned, nor its image, is
-//! removed. Making a pin writes the image's record as it was, and every removal depends on that
+//! No snapshot that is pinned, nor its image, is removed. A pin is asked for only of a stable
+//! snapshot; checkpoint sets pin their members from the beginning (see [`super::sets`]). Making a pin writes the image's record as it was, and every removal depends on that
 //! record: of two that run at the same time, one is lost and looks again.
 
 use blobcr_proto::v1;
@@ -10,7 +10,7 @@ use blobcr_proto::v1::SnapshotState;
 
 use super::{RecordSwap, VersionManager, list_limit, until_won};
 use crate::error::Error;
-use crate::records::{KeyKind, PinRecord, check_holder, prefix_of};
+use crate::records::{KeyKind, PinRecord, SET_HOLDER_PREFIX, check_holder, prefix_of};
 use crate::store::{Key, Swap};
 
 impl VersionManager {
@@ -21,7 +21,7 @@ impl VersionManager {
     /// [`Error::NotFound`] when there is no such snapshot, [`Error::Precondition`] when it is not
     /// stable.
     pub async fn pin_snapshot(&self, r: v1::PinSnapshotRequest) -> Result<v1::Pin, Error> {
-        check_holder(&r.holder).map_err(Error::invalid)?;
+        check_asked(&r.holder)?;
         let wanted = r.snapshot.unwrap_or_default();
         let id = self.image_record(&wanted.image.clone().unwrap_or_default()).await?.value.id;
         let _turn = self.image_turn(id).await;
@@ -62,14 +62,14 @@ impl VersionManager {
         &self,
         r: v1::UnpinSnapshotRequest,
     ) -> Result<v1::UnpinSnapshotResponse, Error> {
-        check_holder(&r.holder).map_err(Error::invalid)?;
+        check_asked(&r.holder)?;
         let key = PinRecord::key_of(r.image_id, r.number, &r.holder);
         let object = format!("the pin of {} by {:?}", r.number, r.holder);
         until_won!(self, object, self.try_unpin(&key).await)?;
         Ok(v1::UnpinSnapshotResponse {})
     }
 
-    async fn try_unpin(&self, key: &Key) -> Result<(), Error> {
+    pub(super) async fn try_unpin(&self, key: &Key) -> Result<(), Error> {
         if let Some(pin) = self.load::<PinRecord>(key.clone()).await? {
             self.store.swap(Swap::new().remove(&pin)).await?;
         }
@@ -98,6 +98,15 @@ impl VersionManager {
             return Ok(());
         };
         let PinRecord { image, number, holder, .. } = pin.value;
+        if let Some((group, sequence)) =
+            holder.strip_prefix(SET_HOLDER_PREFIX).and_then(|set| set.split_once('/'))
+        {
+            let problem = format!(
+                "cannot be removed: {image}@{number} is a member of set {sequence} of group \
+                 {group:?}; give old sets up with `blobcr set prune {group} --keep-last N`"
+            );
+            return Err(Error::precondition(object.to_owned(), problem));
+        }
         Err(Error::precondition(
             object.to_owned(),
             format!(
@@ -106,4 +115,16 @@ impl VersionManager {
             ),
         ))
     }
+}
+
+/// Sets make and take away pins of their own.
+fn check_asked(holder: &str) -> Result<(), Error> {
+    check_holder(holder).map_err(Error::invalid)?;
+    if holder.starts_with(SET_HOLDER_PREFIX) {
+        return Err(Error::invalid(format!(
+            "a holder that begins with {SET_HOLDER_PREFIX:?} is a checkpoint set; use `blobcr set pin`, \
+             `unpin` or `prune`"
+        )));
+    }
+    Ok(())
 }

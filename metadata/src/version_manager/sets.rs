@@ -2,18 +2,30 @@
 //!
 //! Each VM's part is a record of its own, so VMs that check in at the same time do not meet.
 //! Whether a set is complete and stable is found when it is read.
+//!
+//! # Invariant
+//! A snapshot that a set names is pinned by the set (see [`super::pins`]) from before the set names
+//! it until after it is given up (see [`super::retire`]). A pin that is left by a VM which died in
+//! between goes when the set does.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use blobcr_proto::name::GroupName;
+use blobcr_proto::v1::{SetState, SnapshotState};
 use blobcr_proto::{DiskName, ImageName, VmName, v1};
 
 use super::{Held, RecordSwap, VersionManager, until_won};
 use crate::error::Error;
 use crate::records::{
-    ImageNameRecord, SetDisk, SetRecord, SetVmRecord, SnapshotRecord, VM_DISKS_MAX,
+    GroupRecord, ImageNameRecord, ImageRecord, PinRecord, Record, SetDisk, SetRecord, SetVmRecord,
+    SnapshotRecord, VM_DISKS_MAX,
 };
 use crate::store::{PAGE_ENTRIES_MAX, Swap};
+
+/// Pins made in one swap: each also writes its image's record, and what names them comes with the
+/// last ones.
+const PINS_PER_SWAP: usize = 24;
 
 /// Members in one request at most.
 pub const MEMBERS_PER_REQUEST_MAX: usize = 1024;
@@ -22,8 +34,19 @@ pub const SET_VMS_MAX: u32 = 16_384;
 /// Sets in one reply that the request does not limit, and at most: each is read with its members.
 pub const LIST_SETS_MAX: u32 = 100;
 
-fn describe(group: &str, sequence: u64) -> String {
+pub(super) fn describe(group: &str, sequence: u64) -> String {
     format!("set {sequence} of group {group:?}")
+}
+
+pub(super) fn check_group(group: &str) -> Result<(), Error> {
+    GroupName::new(group).map(|_| ()).map_err(invalid("group"))
+}
+
+fn check_vms(expected: u32) -> Result<(), Error> {
+    if (1..=SET_VMS_MAX).contains(&expected) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("a set has from 1 to {SET_VMS_MAX} VMs")))
 }
 
 fn invalid(what: &str) -> impl Fn(blobcr_proto::name::NameError) -> Error {
@@ -41,17 +64,55 @@ fn check_member(member: &v1::SetMember) -> Result<(), Error> {
 }
 
 impl VersionManager {
+    /// Makes a new set, with a number larger than that of any set of the group before.
+    ///
+    /// # Errors
+    /// When the group's name or the number of VMs is bad, or the store cannot.
+    pub async fn begin_set(&self, r: v1::BeginSetRequest) -> Result<v1::CheckpointSet, Error> {
+        check_group(&r.group)?;
+        check_vms(r.expected_vms)?;
+        let object = format!("a new set of group {:?}", r.group);
+        let set = until_won!(self, object, self.try_begin_set(&r).await)?;
+        self.read_set(set).await
+    }
+
+    async fn try_begin_set(&self, r: &v1::BeginSetRequest) -> Result<SetRecord, Error> {
+        let group = self.load::<GroupRecord>(GroupRecord::key_of(&r.group)).await?;
+        // Whoever adds to a set that is not there chooses its number alone.
+        let newest = self.page::<SetRecord>(&SetRecord::prefix_of(&r.group), None, 1).await?.0;
+        let newest = newest.first().map_or(0, |set| set.value.sequence);
+        let last = group.as_ref().map_or(0, |group| group.value.last_sequence).max(newest);
+        let sequence = last.checked_add(1).ok_or_else(|| {
+            let problem = "has no numbers left for sets; use another group";
+            Error::precondition(format!("group {:?}", r.group), problem)
+        })?;
+        let set = SetRecord {
+            group: r.group.clone(),
+            sequence,
+            expected_vms: r.expected_vms,
+            created_unix_ms: self.now(),
+            ..SetRecord::default()
+        };
+        let keep_sets = group.as_ref().map_or(0, |group| group.value.keep_sets);
+        let next = GroupRecord { name: r.group.clone(), last_sequence: sequence, keep_sets };
+        let swap = Swap::new().create(&set);
+        let swap = match &group {
+            Some(group) => swap.update(group, &next),
+            None => swap.create(&next),
+        };
+        self.store.swap(swap).await?;
+        Ok(set)
+    }
+
     /// Adds members to a set, which is made when it is not there. A member that is there already,
     /// with the same snapshot, stays as it is.
     ///
     /// # Errors
-    /// [`Error::Precondition`] when the set expects another number of VMs, has them all, or has
-    /// another snapshot of the same disk; [`Error::NotFound`] when a member's image is not there.
+    /// [`Error::Precondition`] when the set expects another number of VMs, has them all, was given
+    /// up, or has another snapshot of the same disk; [`Error::NotFound`] when a member's image is not there.
     pub async fn add_to_set(&self, r: v1::AddToSetRequest) -> Result<v1::CheckpointSet, Error> {
-        GroupName::new(r.group.as_str()).map_err(invalid("group"))?;
-        if !(1..=SET_VMS_MAX).contains(&r.expected_vms) {
-            return Err(Error::invalid(format!("a set has from 1 to {SET_VMS_MAX} VMs")));
-        }
+        check_group(&r.group)?;
+        check_vms(r.expected_vms)?;
         if r.members.len() > MEMBERS_PER_REQUEST_MAX {
             return Err(Error::invalid(format!(
                 "{} members at once; at most {MEMBERS_PER_REQUEST_MAX}, add the rest after them",
@@ -64,12 +125,12 @@ impl VersionManager {
             by_vm.entry(&member.vm).or_default().push(member);
         }
         let object = || describe(&r.group, r.sequence);
-        let mut set = until_won!(self, object(), self.set_or_new(&r).await)?;
-        self.room_for(&set.value, by_vm.keys().copied()).await?;
+        let set = until_won!(self, object(), self.set_or_new(&r).await)?.value;
+        self.room_for(&set, by_vm.keys().copied()).await?;
         for (vm, members) in by_vm {
-            until_won!(self, object(), self.try_add_vm(&mut set, vm, &members).await)?;
+            until_won!(self, object(), self.try_add_vm(&r, vm, &members).await)?;
         }
-        self.read_set(set.value).await
+        self.read_set(set).await
     }
 
     async fn set_or_new(&self, r: &v1::AddToSetRequest) -> Result<Held<SetRecord>, Error> {
@@ -80,6 +141,10 @@ impl VersionManager {
                     format!("expects {} VMs, not {}", set.value.expected_vms, r.expected_vms);
                 return Err(Error::precondition(describe(&r.group, r.sequence), problem));
             }
+            if set.value.obsolete {
+                let problem = "was given up; begin a new one";
+                return Err(Error::precondition(describe(&r.group, r.sequence), problem));
+            }
             return Ok(set);
         }
         let set = SetRecord {
@@ -87,8 +152,14 @@ impl VersionManager {
             sequence: r.sequence,
             expected_vms: r.expected_vms,
             created_unix_ms: self.now(),
+            ..SetRecord::default()
         };
-        let version = self.store.swap(Swap::new().create(&set)).await?;
+        let mut swap = Swap::new().create(&set);
+        if self.load::<GroupRecord>(GroupRecord::key_of(&r.group)).await?.is_none() {
+            let last_sequence = r.sequence;
+            swap = swap.create(&GroupRecord { name: r.group.clone(), last_sequence, keep_sets: 0 });
+        }
+        let version = self.store.swap(swap).await?;
         Ok(Held { value: set, version })
     }
 
@@ -111,10 +182,11 @@ impl VersionManager {
 
     async fn try_add_vm(
         &self,
-        set: &mut Held<SetRecord>,
+        r: &v1::AddToSetRequest,
         vm: &str,
         members: &[&v1::SetMember],
     ) -> Result<(), Error> {
+        let set = &self.set_or_new(r).await?;
         let SetRecord { group, sequence, .. } = &set.value;
         let held = self.load::<SetVmRecord>(SetVmRecord::key_of(group, *sequence, vm)).await?;
         let mut part = held.as_ref().map_or_else(
@@ -132,14 +204,54 @@ impl VersionManager {
         if part.disks.len() > VM_DISKS_MAX {
             return Err(Error::invalid(format!("VM {vm:?} has more than {VM_DISKS_MAX} disks")));
         }
-        let swap = Swap::new().unchanged(set);
+        if held.as_ref().is_some_and(|held| held.value == part) {
+            return Ok(());
+        }
+        let there = held.as_ref().map_or(&[][..], |held| &held.value.disks);
+        let new: Vec<&SetDisk> = part.disks.iter().filter(|disk| !there.contains(disk)).collect();
+        let (first, last) = new.split_at(new.len().saturating_sub(PINS_PER_SWAP));
+        for disks in first.chunks(PINS_PER_SWAP) {
+            let swap = self.pin_members(&set.value, disks, Swap::new()).await?;
+            self.store.swap(swap.unchanged(set)).await?;
+        }
+        let swap = self.pin_members(&set.value, last, Swap::new().unchanged(set)).await?;
         let swap = match &held {
-            Some(held) if held.value == part => return Ok(()),
             Some(held) => swap.update(held, &part),
             None => swap.create(&part),
         };
         self.store.swap(swap).await?;
         Ok(())
+    }
+
+    /// Pins snapshots for their set. They may be pending still, or not have begun.
+    async fn pin_members(
+        &self,
+        set: &SetRecord,
+        disks: &[&SetDisk],
+        mut swap: Swap,
+    ) -> Result<Swap, Error> {
+        let mut images: BTreeMap<u64, Held<ImageRecord>> = BTreeMap::new();
+        for disk in disks {
+            let key = PinRecord::key_of(disk.image_id, disk.number, &set.holder());
+            if self.load::<PinRecord>(key).await?.is_some() {
+                continue;
+            }
+            if let Entry::Vacant(place) = images.entry(disk.image_id) {
+                let by_id = super::snapshots::id_ref(disk.image_id);
+                let image = self.image_record(&by_id).await?;
+                // As any pin is made: a removal that runs at the same time is lost, or wins.
+                swap = swap.update(&image, &image.value);
+                place.insert(image);
+            }
+            swap = swap.create(&PinRecord {
+                image_id: disk.image_id,
+                number: disk.number,
+                holder: set.holder(),
+                image: disk.image.clone(),
+                created_unix_ms: self.now(),
+            });
+        }
+        Ok(swap)
     }
 
     async fn merge(&self, part: &mut SetVmRecord, member: &v1::SetMember) -> Result<(), Error> {
@@ -180,22 +292,24 @@ impl VersionManager {
         }
     }
 
-    async fn vms_of(&self, set: &SetRecord) -> Result<Vec<SetVmRecord>, Error> {
+    pub(super) async fn vms_of(&self, set: &SetRecord) -> Result<Vec<SetVmRecord>, Error> {
         let prefix = SetVmRecord::prefix_of(&set.group, set.sequence);
         let vms = self.all::<SetVmRecord>(&prefix).await?;
         Ok(vms.into_iter().map(|vm| vm.value).collect())
     }
 
     /// A set with its members, and what follows from their snapshots.
-    async fn read_set(&self, set: SetRecord) -> Result<v1::CheckpointSet, Error> {
+    pub(super) async fn read_set(&self, set: SetRecord) -> Result<v1::CheckpointSet, Error> {
         let vms = self.vms_of(&set).await?;
         let complete = vms.len() >= set.expected_vms as usize;
-        let mut stable = !vms.is_empty();
+        let mut worst = if vms.is_empty() { SetState::Pending } else { SetState::Stable };
         let mut members = Vec::new();
         for vm in vms {
             for disk in vm.disks {
-                // What is known to be unstable needs no further look.
-                stable = stable && self.is_stable(&disk).await?;
+                // What is known to have failed needs no further look.
+                if worst != SetState::Failed {
+                    worst = worse(worst, self.state_of(&disk).await?);
+                }
                 members.push(v1::SetMember {
                     vm: vm.vm.clone(),
                     disk: disk.disk,
@@ -211,14 +325,50 @@ impl VersionManager {
             members,
             created_unix_ms: set.created_unix_ms,
             complete,
-            stable,
+            stable: worst == SetState::Stable,
+            state: match worst {
+                _ if set.obsolete => SetState::Obsolete,
+                SetState::Failed => SetState::Failed,
+                _ if !complete => SetState::Incomplete,
+                state => state,
+            }
+            .into(),
+            pins: set.holders,
         })
     }
 
-    async fn is_stable(&self, disk: &SetDisk) -> Result<bool, Error> {
+    /// What a member's snapshot makes of its set.
+    async fn state_of(&self, disk: &SetDisk) -> Result<SetState, Error> {
         let key = SnapshotRecord::key_of(disk.image_id, disk.number);
-        let snapshot = self.load::<SnapshotRecord>(key).await?;
-        Ok(snapshot.is_some_and(|held| held.value.state() == v1::SnapshotState::Stable))
+        // It may not have begun when it is named.
+        let Some(snapshot) = self.load::<SnapshotRecord>(key).await? else {
+            return Ok(SetState::Pending);
+        };
+        Ok(match snapshot.value.state() {
+            SnapshotState::Stable => SetState::Stable,
+            SnapshotState::Pending | SnapshotState::Unspecified => SetState::Pending,
+            SnapshotState::Failed | SnapshotState::Obsolete => SetState::Failed,
+        })
+    }
+
+    /// One set.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when it is not there.
+    pub async fn get_set(&self, r: v1::GetSetRequest) -> Result<v1::CheckpointSet, Error> {
+        check_group(&r.group)?;
+        let set = self.set_record(&r.group, r.sequence).await?;
+        self.read_set(set.value).await
+    }
+
+    pub(super) async fn set_record(
+        &self,
+        group: &str,
+        sequence: u64,
+    ) -> Result<Held<SetRecord>, Error> {
+        let set = self.load::<SetRecord>(SetRecord::key_of(group, sequence)).await?;
+        let advice = "`blobcr set list` shows what there is";
+        set.ok_or_else(|| Error::not_found(describe(group, sequence), advice))
     }
 
     /// The newest sets of a group, newest first.
@@ -226,7 +376,7 @@ impl VersionManager {
     /// # Errors
     /// When the group's name is bad or the store cannot tell.
     pub async fn list_sets(&self, r: v1::ListSetsRequest) -> Result<v1::ListSetsResponse, Error> {
-        GroupName::new(r.group.as_str()).map_err(invalid("group"))?;
+        check_group(&r.group)?;
         let limit = if r.limit == 0 { LIST_SETS_MAX } else { r.limit.min(LIST_SETS_MAX) };
         let prefix = SetRecord::prefix_of(&r.group);
         let (found, _) = self.page::<SetRecord>(&prefix, None, limit as usize).await?;
@@ -242,16 +392,16 @@ impl VersionManager {
     /// # Errors
     /// [`Error::NotFound`] when there is none.
     pub async fn latest_set(&self, r: v1::LatestSetRequest) -> Result<v1::CheckpointSet, Error> {
-        GroupName::new(r.group.as_str()).map_err(invalid("group"))?;
+        check_group(&r.group)?;
         let prefix = SetRecord::prefix_of(&r.group);
         let mut after = None;
         loop {
             let (found, more) =
                 self.page::<SetRecord>(&prefix, after.as_ref(), PAGE_ENTRIES_MAX).await?;
-            after = found.last().map(|set| crate::records::Record::key(&set.value));
+            after = found.last().map(|set| set.value.key());
             for set in found {
                 let set = self.read_set(set.value).await?;
-                if set.complete && set.stable {
+                if set.state() == SetState::Stable {
                     return Ok(set);
                 }
             }
@@ -261,4 +411,14 @@ impl VersionManager {
             }
         }
     }
+}
+
+/// The state of a set of which one part is in one state and the rest in another.
+fn worse(a: SetState, b: SetState) -> SetState {
+    let rank = |state| match state {
+        SetState::Stable => 0,
+        SetState::Pending => 1,
+        _ => 2,
+    };
+    if rank(a) < rank(b) { b } else { a }
 }

@@ -17,6 +17,7 @@ mod pins;
 mod placement;
 mod races;
 mod rebalance;
+mod retire;
 mod service;
 mod sets;
 mod snapshots;

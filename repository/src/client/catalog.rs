@@ -258,4 +258,11 @@ catalog_of! {
     add_to_set(v1::AddToSetRequest) -> v1::CheckpointSet, Safe;
     list_sets(v1::ListSetsRequest) -> v1::ListSetsResponse, Safe;
     latest_set(v1::LatestSetRequest) -> v1::CheckpointSet, Safe;
+    begin_set(v1::BeginSetRequest) -> v1::CheckpointSet, Safe;
+    get_set(v1::GetSetRequest) -> v1::CheckpointSet, Safe;
+    pin_set(v1::PinSetRequest) -> v1::CheckpointSet, Safe;
+    unpin_set(v1::PinSetRequest) -> v1::CheckpointSet, Safe;
+    list_groups(v1::ListGroupsRequest) -> v1::ListGroupsResponse, Safe;
+    keep_sets(v1::KeepSetsRequest) -> v1::Group, Safe;
+    retire_sets(v1::RetireSetsRequest) -> v1::RetireSetsResponse, Safe;
 }

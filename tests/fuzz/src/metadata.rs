@@ -2,7 +2,7 @@
 
 use blobcr_metadata::fuzzing;
 use blobcr_metadata::records::{
-    self, ClusterRecord, CounterRecord, DebtRecord, ImageNameRecord, ImageRecord, LeaseRecord,
+    self, ClusterRecord, CounterRecord, DebtRecord, GroupRecord, ImageNameRecord, ImageRecord, LeaseRecord,
     LeaseWorkRecord, NodeRecord, PinRecord, PlacementPartRecord, PlacementRecord, PoolNameRecord,
     PoolRecord, Record, RemovalRecord, SetRecord, SetVmRecord, SnapshotRecord, StewardRecord,
 };
@@ -50,7 +50,8 @@ fn record(input: &[u8]) {
         DebtRecord,
         ClusterRecord,
         StewardRecord,
-        PinRecord
+        PinRecord,
+        GroupRecord
     );
 }
 

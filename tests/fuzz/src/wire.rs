@@ -277,6 +277,12 @@ messages!(
     Steward,
     CheckRequest,
     CheckResponse,
+    BeginSetRequest,
+    PinSetRequest,
+    KeepSetsRequest,
+    RetireSetsRequest,
+    RetireSetsResponse,
+    ListGroupsResponse,
 );
 
 fn messages(input: &[u8]) {

@@ -257,6 +257,13 @@ metadata_of! {
     add_to_set(AddToSetRequest) -> CheckpointSet;
     list_sets(ListSetsRequest) -> ListSetsResponse;
     latest_set(LatestSetRequest) -> CheckpointSet;
+    begin_set(BeginSetRequest) -> CheckpointSet;
+    get_set(GetSetRequest) -> CheckpointSet;
+    pin_set(PinSetRequest) -> CheckpointSet;
+    unpin_set(PinSetRequest) -> CheckpointSet;
+    list_groups(ListGroupsRequest) -> ListGroupsResponse;
+    keep_sets(KeepSetsRequest) -> Group;
+    retire_sets(RetireSetsRequest) -> RetireSetsResponse;
     drain_node(DrainNodeRequest) -> Node;
     remove_node(RemoveNodeRequest) -> Node;
     settle_partitions(SettlePartitionsRequest) -> SettlePartitionsResponse;

@@ -200,4 +200,11 @@ catalog_of! {
     add_to_set(AddToSetRequest) -> CheckpointSet: |s, r| s.sets.add(r, &s.images);
     list_sets(ListSetsRequest) -> ListSetsResponse: |s, r| s.sets.list(&r, &s.images);
     latest_set(LatestSetRequest) -> CheckpointSet: |s, r| s.sets.latest(&r, &s.images);
+    begin_set(BeginSetRequest) -> CheckpointSet: |s, r| s.sets.begin(r, &s.images);
+    get_set(GetSetRequest) -> CheckpointSet: |s, r| s.sets.get(&r, &s.images);
+    pin_set(PinSetRequest) -> CheckpointSet: |_s, _r| sets::keeps_all();
+    unpin_set(PinSetRequest) -> CheckpointSet: |_s, _r| sets::keeps_all();
+    list_groups(ListGroupsRequest) -> ListGroupsResponse: |_s, _r| Ok(v1::ListGroupsResponse::default());
+    keep_sets(KeepSetsRequest) -> Group: |_s, _r| sets::keeps_all();
+    retire_sets(RetireSetsRequest) -> RetireSetsResponse: |_s, _r| sets::keeps_all();
 }

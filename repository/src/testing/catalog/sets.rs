@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use blobcr_proto::v1::{self, SnapshotState};
+use blobcr_proto::v1::{self, SetState, SnapshotState};
 
 use super::images::Images;
 use super::{Answer, ById, invalid, not_found, page, precondition, unix_ms};
@@ -31,10 +31,18 @@ impl Set {
             let found = snapshots.and_then(|snapshots| snapshots.get(&member.wire.number));
             found.is_some_and(|found| found.wire.state() == SnapshotState::Stable)
         };
+        let complete = self.vms().len() >= self.wire.expected_vms as usize;
+        let stable = !self.members.is_empty() && self.members.iter().all(stable);
+        let state = match (complete, stable) {
+            (false, _) => SetState::Incomplete,
+            (true, false) => SetState::Pending,
+            (true, true) => SetState::Stable,
+        };
         v1::CheckpointSet {
             members: self.members.iter().map(|member| member.wire.clone()).collect(),
-            complete: self.vms().len() >= self.wire.expected_vms as usize,
-            stable: !self.members.is_empty() && self.members.iter().all(stable),
+            complete,
+            stable,
+            state: state.into(),
             ..self.wire.clone()
         }
     }
@@ -90,6 +98,24 @@ impl Sets {
         Ok(set.read(images))
     }
 
+    pub(super) fn begin(
+        &mut self,
+        r: v1::BeginSetRequest,
+        images: &Images,
+    ) -> Answer<v1::CheckpointSet> {
+        let sequence = self.of_group(&r.group).next().map_or(0, |set| set.wire.sequence) + 1;
+        let v1::BeginSetRequest { group, expected_vms } = r;
+        let none = v1::AddToSetRequest { group, sequence, expected_vms, members: Vec::new() };
+        self.add(none, images)
+    }
+
+    pub(super) fn get(&self, r: &v1::GetSetRequest, images: &Images) -> Answer<v1::CheckpointSet> {
+        match self.0.get(&(r.group.clone(), r.sequence)) {
+            Some(set) => Ok(set.read(images)),
+            None => not_found(format!("no set {} of group {:?}", r.sequence, r.group)),
+        }
+    }
+
     /// Newest first.
     fn of_group<'a>(&'a self, group: &'a str) -> impl Iterator<Item = &'a Set> {
         self.0.values().rev().filter(move |set| set.wire.group == group)
@@ -115,4 +141,9 @@ impl Sets {
             None => not_found(format!("no complete and stable set of group {:?}", r.group)),
         }
     }
+}
+
+/// This catalog has no retention.
+pub(super) fn keeps_all<T>() -> Answer<T> {
+    precondition("the catalog in memory keeps every set".to_owned())
 }
