@@ -69,7 +69,8 @@ fn member(text: &str) -> Result<String, String> {
     let address = address.strip_suffix('/').unwrap_or(address);
     let url = format!("http://{address}");
     let uri: Option<Uri> = url.parse().ok();
-    let sound = uri.is_some_and(|uri| {
+    // The parser takes an empty path for "/".
+    let sound = uri.filter(|_| !address.ends_with('/')).is_some_and(|uri| {
         uri.host().is_some_and(|host| !host.is_empty())
             && uri.port_u16().is_some_and(|port| port != 0)
             && uri.path_and_query().is_none_or(|path| path == "/")
@@ -109,6 +110,7 @@ mod tests {
             "etcd:a:1,",
             "etcd:https://a:1",
             "etcd:http://a:1/path",
+            "etcd:a:1//",
             "etcd:http://:1",
             "etcd:a:1#",
             "etcd:a:1#b/c",
