@@ -10,17 +10,17 @@ use std::sync::Arc;
 use blobcr_proto::channel::{BODY_BYTES_MAX, Decoded, Frame, decode};
 use blobcr_proto::v1::channel_reply::Reply;
 use blobcr_proto::v1::channel_request::Request;
-use blobcr_proto::v1::{ChannelError, ChannelReply, ChannelRequest, VmStatusReply};
+use blobcr_proto::v1::{ChannelError, ChannelReply, ChannelRequest, HelloReply, VmStatusReply};
 use bytes::{Buf, Bytes, BytesMut};
 use prost::Message;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout};
 use tonic::{Code, Status};
 
 use crate::limits::{NOISE_MAX, READ_BYTES, REQUESTS_MAX, TEXT_BYTES_MAX};
 use crate::requests::{self, Backend, Vm};
+use crate::sets;
 
 /// Why a connection ended.
 #[derive(Debug)]
@@ -32,12 +32,19 @@ pub(crate) enum Ending {
 }
 
 /// Serves a connection until it ends. Checkpoints that were begun go on behind it.
-pub(crate) async fn serve(backend: Arc<Backend>, vm: Arc<Vm>, stream: UnixStream) -> Ending {
+///
+/// `buffer` holds what has been read of it already.
+pub(crate) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+    backend: Arc<Backend>,
+    vm: Arc<Vm>,
+    stream: S,
+    buffer: BytesMut,
+) -> Ending {
     let mut connection = Connection {
         backend,
         vm,
         stream,
-        buffer: BytesMut::new(),
+        buffer,
         frame_until: None,
         noise: 0,
         running: JoinSet::new(),
@@ -52,10 +59,10 @@ pub(crate) async fn serve(backend: Arc<Backend>, vm: Arc<Vm>, stream: UnixStream
     }
 }
 
-struct Connection {
+struct Connection<S> {
     backend: Arc<Backend>,
     vm: Arc<Vm>,
-    stream: UnixStream,
+    stream: S,
     buffer: BytesMut,
     /// When the frame whose beginning is in the buffer must be whole.
     frame_until: Option<Instant>,
@@ -72,7 +79,7 @@ enum Event {
     FrameLate,
 }
 
-impl Connection {
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     async fn run(&mut self) -> io::Result<Ending> {
         loop {
             if let Some(ending) = self.take_frames().await? {
@@ -181,6 +188,9 @@ impl Connection {
             Request::Checkpoint(r) => &r.vm,
             Request::WaitStable(r) => &r.vm,
             Request::Status(r) => &r.vm,
+            Request::BeginSet(r) => &r.vm,
+            Request::SetStatus(r) => &r.vm,
+            Request::Hello(r) => &r.vm,
         };
         if !named.is_empty() && named != self.vm.name().as_str() {
             return Err(Status::permission_denied(format!(
@@ -224,6 +234,10 @@ async fn answer_to(backend: Arc<Backend>, vm: Arc<Vm>, request: Request) -> Chan
         Request::Status(_) => {
             requests::status(&backend, &vm).await.map(for_guest).map(Reply::Status)
         }
+        Request::BeginSet(r) => sets::begin(&backend, &vm, r).await.map(Reply::BeginSet),
+        Request::SetStatus(r) => sets::status(&backend, &vm, r).await.map(Reply::SetStatus),
+        // The channel has said so already.
+        Request::Hello(_) => Ok(Reply::Hello(HelloReply { vm: vm.name().to_string() })),
     };
     match reply {
         Ok(reply) => ChannelReply { reply: Some(reply) },
@@ -247,7 +261,7 @@ fn shorten(text: &mut String) {
     }
 }
 
-fn refusal(status: &Status) -> ChannelReply {
+pub(crate) fn refusal(status: &Status) -> ChannelReply {
     let mut message = status.message().to_owned();
     shorten(&mut message);
     let error = ChannelError { code: i32::from(status.code()), message };

@@ -1,5 +1,6 @@
 //! Why a proxy did not start, or why a VM could not be added or removed.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use blobcr_proto::name::NameError;
@@ -48,6 +49,14 @@ pub enum ProxyError {
         /// What is wrong with it.
         detail: String,
     },
+    /// The address for guests cannot be had.
+    #[error("cannot listen for guests on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// A name that is not allowed.
     #[error(transparent)]
     BadName(#[from] NameError),
@@ -55,7 +64,9 @@ pub enum ProxyError {
     #[error("{0}")]
     Invalid(String),
     /// The VM exists with other disks.
-    #[error("the VM {0} exists already with other disks; remove it first")]
+    #[error(
+        "the VM {0} exists already with other disks, groups or without a token; remove it first"
+    )]
     VmExists(String),
     /// A disk can belong to one VM only.
     #[error("the disk {disk} belongs to the VM {vm}; remove that VM first")]
@@ -96,7 +107,7 @@ impl From<ProxyError> for tonic::Status {
             ProxyError::NoSuchVm(_) => Self::not_found(message),
             ProxyError::TooManyVms(_) => Self::resource_exhausted(message),
             ProxyError::Stopping => Self::unavailable(message),
-            ProxyError::Io { .. } => Self::internal(message),
+            ProxyError::Io { .. } | ProxyError::Listen { .. } => Self::internal(message),
         }
     }
 }

@@ -1,15 +1,19 @@
 //! Takes CHECKPOINT requests from the guests of its own host, and from nobody else.
 //!
 //! Every VM has a Unix socket of its own, `DIR/VM.sock`, to which its hypervisor connects a
-//! virtio-serial port of the guest. Which VM a request speaks for is known from the socket that it
+//! virtio-serial port of the guest, or an address that it forwards. A VM that reaches its host by a
+//! network only gets a token for one TCP port that all of them share. Which VM a request speaks for is known from the socket that it
 //! arrived on and from nothing that the guest says. The same operations are served to the host's
 //! own tools by the gRPC service `Checkpoint`.
 //!
 //! | module | holds |
 //! |---|---|
 //! | `proxy` | [`Proxy`]: the VMs of this host, their records and their sockets |
+//! | `served` | the VMs that are served, and their connections |
 //! | `channel` | one connection of a VM: frames in, answers out, all of it bounded |
-//! | `requests` | what the three requests do, whoever sent them |
+//! | `tcp` | the port for guests that come by a network, with a token |
+//! | `requests` | what a checkpoint, a wait and a status do, whoever sent them |
+//! | `sets` | what a VM may do with the checkpoint sets of its groups |
 //! | `answers` | first answers by idempotency key, so that a repeated request is no second checkpoint |
 //! | `upstream` | the mirror and the metadata service behind the requests |
 //! | `records` | `DIR/VM.json`, which outlives the process |
@@ -26,13 +30,16 @@ mod limits;
 mod proxy;
 mod records;
 mod requests;
+mod served;
 mod service;
+mod sets;
 mod sockets;
+mod tcp;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod upstream;
 
 pub use error::ProxyError;
-pub use limits::{DISKS_PER_VM_MAX, KEY_BYTES_MAX, Limits, VMS_MAX};
-pub use proxy::{Proxy, ProxyOptions};
+pub use limits::{DISKS_PER_VM_MAX, GROUPS_PER_VM_MAX, KEY_BYTES_MAX, Limits, VMS_MAX};
+pub use proxy::{NewVm, Proxy, ProxyOptions};
 pub use service::CheckpointService;

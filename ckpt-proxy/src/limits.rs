@@ -26,6 +26,15 @@ pub(crate) const WAITS_MAX: usize = 16;
 /// Requests of one connection that wait for their answer.
 pub(crate) const REQUESTS_MAX: usize = 8;
 
+/// Groups of one VM: a VM takes part in one job, or a few that share it.
+pub const GROUPS_PER_VM_MAX: usize = 16;
+
+/// Sets that one VM begins within a minute. The quickest jobs checkpoint once a second.
+pub(crate) const SETS_BEGUN_MAX: u32 = 600;
+
+/// Connections over TCP that have not said yet whose they are.
+pub(crate) const GREETINGS_MAX: usize = 64;
+
 /// Bytes read from a connection at a time: one frame of the largest size.
 pub(crate) const READ_BYTES: usize = 64 << 10;
 

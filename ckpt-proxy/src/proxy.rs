@@ -1,25 +1,26 @@
 //! [`Proxy`]: the VMs of this host.
 
-use std::collections::BTreeMap;
 use std::fs::File;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
+use blobcr_proto::name::GroupName;
 use blobcr_proto::v1;
 use blobcr_proto::v1::checkpoint_server::CheckpointServer;
-use blobcr_proto::{DiskName, VmName};
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use blobcr_proto::{DiskName, Hash, VmName};
+use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::channel::{self, Ending};
 use crate::error::ProxyError;
-use crate::limits::{DISKS_PER_VM_MAX, Limits, VMS_MAX};
+use crate::limits::{DISKS_PER_VM_MAX, GROUPS_PER_VM_MAX, Limits, VMS_MAX};
 use crate::records::{self, VmRecord};
 use crate::requests::{Backend, Vm};
+use crate::served::{Channel, Served, Vms};
 use crate::service::CheckpointService;
 use crate::sockets;
+use crate::tcp::{self, Guests};
 use crate::upstream::Upstream;
 
 /// The hypervisor's user and group may use a socket; the directory's group decides which that is.
@@ -34,8 +35,26 @@ pub struct ProxyOptions {
     pub mirror: String,
     /// The mode of the sockets. Whoever may connect to one speaks for its VM.
     pub socket_mode: u32,
+    /// Where guests that reach this host by a network only are served; `None`: nowhere.
+    pub guests: Option<SocketAddr>,
     /// Times and numbers.
     pub limits: Limits,
+}
+
+/// A VM to add.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NewVm {
+    /// Its name.
+    pub name: String,
+    /// Its disks, which are checkpointed behind one barrier.
+    pub disks: Vec<String>,
+    /// The groups of whose sets it may be a member.
+    pub groups: Vec<String>,
+    /// Whether it gets a token for a channel over TCP.
+    pub tcp: bool,
+    /// A VM that is there gets these disks in place of its own, and these groups besides its own.
+    /// It keeps its token; its connections end.
+    pub replace: bool,
 }
 
 impl ProxyOptions {
@@ -46,22 +65,19 @@ impl ProxyOptions {
             sockets: sockets.into(),
             mirror: mirror.into(),
             socket_mode: SOCKET_MODE,
+            guests: None,
             limits: Limits::default(),
         }
     }
-}
-
-struct Served {
-    vm: Arc<Vm>,
-    /// Ends the VM's listener and its connections.
-    stop: CancellationToken,
 }
 
 pub(crate) struct Inner {
     dir: PathBuf,
     socket_mode: u32,
     backend: Arc<Backend>,
-    vms: Mutex<BTreeMap<VmName, Served>>,
+    vms: Vms,
+    /// Where VMs that have a token are served over TCP.
+    guests: Option<SocketAddr>,
     /// Ends listeners and connections, before what they wait for ends: a guest that hears nothing
     /// asks the next proxy again, and one that hears of a failure does not.
     closing: CancellationToken,
@@ -91,7 +107,7 @@ impl Proxy {
     /// When another proxy serves the directory, the directory cannot be used, or the mirror's
     /// address is none.
     pub fn start(options: ProxyOptions) -> Result<Self, ProxyError> {
-        let ProxyOptions { sockets: dir, mirror, socket_mode, limits } = options;
+        let ProxyOptions { sockets: dir, mirror, socket_mode, guests, limits } = options;
         let backend = Arc::new(Backend {
             upstream: Upstream::new(&mirror, limits.clone())?,
             limits,
@@ -99,17 +115,30 @@ impl Proxy {
             stopping: CancellationToken::new(),
         });
         let lock = sockets::lock_dir(&dir)?;
+        let guests = match guests {
+            Some(address) => {
+                let fail = |source| ProxyError::Listen { address, source };
+                let listener = tcp::bind(address).map_err(fail)?;
+                Some((listener.local_addr().map_err(fail)?, listener))
+            }
+            None => None,
+        };
         let inner = Arc::new(Inner {
             dir,
             socket_mode,
             backend,
-            vms: Mutex::default(),
+            vms: Vms::default(),
+            guests: guests.as_ref().map(|(address, _)| *address),
             closing: CancellationToken::new(),
             channels: TaskTracker::new(),
             changing: tokio::sync::Mutex::default(),
             lock: Mutex::new(Some(lock)),
         });
         inner.serve_recorded()?;
+        if let Some((address, listener)) = guests {
+            inner.serve_guests(listener);
+            tracing::info!(%address, "guests are served over TCP");
+        }
         tracing::info!(dir = %inner.dir.display(), mirror, "checkpoint proxy is ready");
         Ok(Self { inner })
     }
@@ -120,20 +149,49 @@ impl Proxy {
         CheckpointServer::new(CheckpointService::new(self.clone()))
     }
 
-    /// Gives a VM its channel. Adding it again with the same disks changes nothing.
+    /// Gives a VM its channel. Adding it again just like this changes nothing; its token is told the
+    /// first time only.
     ///
     /// # Errors
     /// When a name is not allowed, a disk is unknown to the mirror or belongs to another VM, the
-    /// VM exists with other disks, or its socket or record cannot be made.
-    pub async fn add_vm(&self, name: &str, disks: &[String]) -> Result<v1::Vm, ProxyError> {
+    /// VM exists otherwise, or its socket or record cannot be made.
+    pub async fn add_vm(&self, vm: NewVm) -> Result<v1::Vm, ProxyError> {
         let inner = &self.inner;
         let _one_at_a_time = inner.changing.lock().await;
-        let record = VmRecord { name: VmName::new(name)?, disks: check_disks(disks)? };
-        if inner.check_new(&record)? {
-            return Ok(inner.describe(&record));
+        if vm.tcp && inner.guests.is_none() {
+            let problem = "this proxy serves no guests over TCP; start it with `--guests ADDR`";
+            return Err(ProxyError::Invalid(problem.to_owned()));
+        }
+        let (token, kept) = if vm.tcp { some_token() } else { (String::new(), None) };
+        let mut record = VmRecord {
+            name: VmName::new(vm.name)?,
+            disks: check_disks(&vm.disks)?,
+            groups: check_groups(&vm.groups)?,
+            token: kept,
+        };
+        let before = inner.vms.get(&record.name).filter(|_| vm.replace);
+        let token = match before.as_ref().and_then(|before| before.vm.record.token) {
+            Some(kept) => {
+                record.token = Some(kept);
+                String::new()
+            }
+            None => token,
+        };
+        if let Some(before) = &before {
+            let more = before.vm.record.groups.iter().filter(|g| !record.groups.contains(g));
+            let more: Vec<GroupName> = more.cloned().collect();
+            record.groups.extend(more);
+        }
+        if let Some(known) = inner.check_new(&record, vm.replace)? {
+            return Ok(inner.describe(&known.record));
         }
         for disk in &record.disks {
             inner.backend.upstream.disk(disk).await.map_err(ProxyError::Mirror)?;
+        }
+        if let Some(before) = before {
+            before.stop.cancel();
+            inner.vms.lock().remove(&record.name);
+            sockets::remove(&sockets::path(&inner.dir, &record.name))?;
         }
         let listener = sockets::bind(&inner.dir, &record.name, inner.socket_mode)?;
         if let Err(error) = records::save(&inner.dir, &record) {
@@ -144,7 +202,7 @@ impl Proxy {
         let described = inner.describe(&record);
         tracing::info!(vm = %record.name, disks = ?described.disks, "VM added");
         inner.serve(record, listener);
-        Ok(described)
+        Ok(v1::Vm { token, ..described })
     }
 
     /// Takes a VM's channel away: its socket, its connections, its record.
@@ -155,12 +213,12 @@ impl Proxy {
         let inner = &self.inner;
         let name = VmName::new(name)?;
         let _one_at_a_time = inner.changing.lock().await;
-        if !inner.vms().contains_key(&name) {
+        if !inner.vms.lock().contains_key(&name) {
             return Err(ProxyError::NoSuchVm(name.to_string()));
         }
         // The record first: what is gone from there stays gone.
         records::remove(&inner.dir, &name)?;
-        if let Some(served) = inner.vms().remove(&name) {
+        if let Some(served) = inner.vms.lock().remove(&name) {
             served.stop.cancel();
         }
         sockets::remove(&sockets::path(&inner.dir, &name))?;
@@ -177,7 +235,12 @@ impl Proxy {
     /// The VMs of this host, in order of name.
     #[must_use]
     pub fn vms(&self) -> Vec<v1::Vm> {
-        self.inner.vms().values().map(|served| self.inner.describe(&served.vm.record)).collect()
+        self.inner
+            .vms
+            .lock()
+            .values()
+            .map(|served| self.inner.describe(&served.vm.record))
+            .collect()
     }
 
     /// Closes all channels, removes their sockets, waits for the tasks and leaves the directory to
@@ -190,7 +253,7 @@ impl Proxy {
         inner.channels.wait().await;
         inner.backend.stopping.cancel();
         let names: Vec<VmName> = {
-            let mut vms = inner.vms();
+            let mut vms = inner.vms.lock();
             let names = vms.keys().cloned().collect();
             vms.clear();
             names
@@ -208,7 +271,7 @@ impl Proxy {
 
     pub(crate) fn vm(&self, name: &str) -> Result<Arc<Vm>, ProxyError> {
         let name = VmName::new(name)?;
-        let vms = self.inner.vms();
+        let vms = self.inner.vms.lock();
         vms.get(&name)
             .map(|served| Arc::clone(&served.vm))
             .ok_or_else(|| ProxyError::NoSuchVm(name.to_string()))
@@ -224,6 +287,23 @@ impl Drop for Inner {
         self.closing.cancel();
         self.backend.stopping.cancel();
     }
+}
+
+fn some_token() -> (String, Option<Hash>) {
+    let (token, kept) = tcp::new_token();
+    (token, Some(kept))
+}
+
+fn check_groups(groups: &[String]) -> Result<Vec<GroupName>, ProxyError> {
+    let names = groups.iter().map(|g| GroupName::new(g.as_str())).collect::<Result<Vec<_>, _>>()?;
+    if names.len() > GROUPS_PER_VM_MAX {
+        let problem = format!("a VM is in at most {GROUPS_PER_VM_MAX} groups, not {}", names.len());
+        return Err(ProxyError::Invalid(problem));
+    }
+    if let Some(twice) = names.iter().enumerate().find(|(i, g)| names[..*i].contains(g)) {
+        return Err(ProxyError::Invalid(format!("the group {} is named twice", twice.1)));
+    }
+    Ok(names)
 }
 
 fn check_disks(disks: &[String]) -> Result<Vec<DiskName>, ProxyError> {
@@ -244,38 +324,44 @@ fn check_disks(disks: &[String]) -> Result<Vec<DiskName>, ProxyError> {
 }
 
 impl Inner {
-    fn vms(&self) -> MutexGuard<'_, BTreeMap<VmName, Served>> {
-        self.vms.lock().expect("nothing panics while it holds this")
-    }
-
     fn describe(&self, record: &VmRecord) -> v1::Vm {
         v1::Vm {
             name: record.name.to_string(),
             disks: record.disks.iter().map(ToString::to_string).collect(),
             socket: sockets::path(&self.dir, &record.name).display().to_string(),
+            groups: record.groups.iter().map(ToString::to_string).collect(),
+            address: match (&record.token, self.guests) {
+                (Some(_), Some(address)) => address.to_string(),
+                _ => String::new(),
+            },
+            token: String::new(),
         }
     }
 
-    /// Whether the VM is there already, just like this.
-    fn check_new(&self, record: &VmRecord) -> Result<bool, ProxyError> {
+    /// The VM, when it is there already, just like this.
+    fn check_new(&self, record: &VmRecord, replace: bool) -> Result<Option<Arc<Vm>>, ProxyError> {
         if self.closing.is_cancelled() {
             return Err(ProxyError::Stopping);
         }
-        let vms = self.vms();
+        let vms = self.vms.lock();
         if let Some(served) = vms.get(&record.name) {
-            if served.vm.record == *record {
-                return Ok(true);
+            // A token is never the same twice.
+            let same = VmRecord { token: served.vm.record.token, ..record.clone() };
+            if served.vm.record == same && same.token.is_some() == record.token.is_some() {
+                return Ok(Some(Arc::clone(&served.vm)));
             }
-            return Err(ProxyError::VmExists(record.name.to_string()));
-        }
-        if vms.len() >= VMS_MAX {
+            if !replace {
+                return Err(ProxyError::VmExists(record.name.to_string()));
+            }
+        } else if vms.len() >= VMS_MAX {
             return Err(ProxyError::TooManyVms(VMS_MAX));
         }
-        let taken = vms.values().find_map(|served| {
+        let others = vms.values().filter(|served| served.vm.name() != &record.name);
+        let taken = { others }.find_map(|served| {
             let disk = record.disks.iter().find(|d| served.vm.record.disks.contains(d))?;
             Some(ProxyError::DiskTaken { disk: disk.to_string(), vm: served.vm.name().to_string() })
         });
-        taken.map_or(Ok(false), Err)
+        taken.map_or(Ok(None), Err)
     }
 
     fn serve_recorded(&self) -> Result<(), ProxyError> {
@@ -304,69 +390,28 @@ impl Inner {
     }
 
     fn serve(&self, record: VmRecord, listener: UnixListener) {
-        let vm = Arc::new(Vm::new(record));
         let stop = self.closing.child_token();
+        let connections = self.backend.limits.connections;
+        let served = Served::new(Arc::new(Vm::new(record)), stop.clone(), connections);
         let channel = Channel {
             backend: Arc::clone(&self.backend),
-            vm: Arc::clone(&vm),
-            stop: stop.clone(),
+            served: served.clone(),
             tasks: self.channels.clone(),
         };
-        let ended = stop.clone();
         self.channels
-            .spawn(async move { ended.run_until_cancelled(channel.accept(listener)).await });
-        self.vms().insert(vm.name().clone(), Served { vm, stop });
+            .spawn(async move { stop.run_until_cancelled(channel.accept(listener)).await });
+        self.vms.lock().insert(served.vm.name().clone(), served);
     }
-}
 
-/// The listener of one VM, and its connections.
-struct Channel {
-    backend: Arc<Backend>,
-    vm: Arc<Vm>,
-    stop: CancellationToken,
-    tasks: TaskTracker,
-}
-
-impl Channel {
-    async fn accept(self, listener: UnixListener) {
-        let limits = &self.backend.limits;
-        let places = Arc::new(Semaphore::new(limits.connections));
-        loop {
-            let stream = match listener.accept().await {
-                Ok((stream, _)) => stream,
-                Err(error) => {
-                    // Out of file descriptors, usually: it may pass.
-                    tracing::warn!(vm = %self.vm.name(), %error, "cannot accept a connection");
-                    tokio::time::sleep(limits.rest).await;
-                    continue;
-                }
-            };
-            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-                tracing::warn!(
-                    vm = %self.vm.name(), limit = limits.connections,
-                    "too many connections, closed the newest"
-                );
-                continue;
-            };
-            let connection = connection(Arc::clone(&self.backend), Arc::clone(&self.vm), stream);
-            let ended = self.stop.clone();
-            self.tasks.spawn(async move {
-                let _place = place;
-                ended.run_until_cancelled(connection).await
-            });
-        }
-    }
-}
-
-async fn connection(backend: Arc<Backend>, vm: Arc<Vm>, stream: UnixStream) {
-    tracing::info!(vm = %vm.name(), "connected");
-    let rest = backend.limits.rest;
-    match channel::serve(backend, Arc::clone(&vm), stream).await {
-        Ending::Closed => tracing::info!(vm = %vm.name(), "disconnected"),
-        Ending::Misbehaved(why) => {
-            tracing::warn!(vm = %vm.name(), why, "connection closed");
-            // Its place stays taken meanwhile, which slows down one that keeps doing it.
-            tokio::time::sleep(rest).await;
-        }
+    fn serve_guests(&self, listener: TcpListener) {
+        let guests = Guests {
+            backend: Arc::clone(&self.backend),
+            vms: self.vms.clone(),
+            tasks: self.channels.clone(),
+            closing: self.closing.clone(),
+        };
+        let ended = self.closing.clone();
+        self.channels
+            .spawn(async move { ended.run_until_cancelled(guests.accept(listener)).await });
     }
 }

@@ -1,23 +1,27 @@
 //! `DIR/VM.json`: which VMs this host has and which disks each of them has.
 //!
 //! ```json
-//! {"magic":"blobcr-vm","version":1,"crc32c":"0f0f0f0f","vm":{"name":"web","disks":["web0"]}}
+//! {"magic":"blobcr-vm","version":2,"crc32c":"0f0f0f0f",
+//!  "vm":{"name":"web","disks":["web0"],"groups":["job"],"token":"0f…"}}
 //! ```
-//! The CRC is of `vm` as compact JSON with its fields in this order. A record is replaced as a
+//! `token` is the BLAKE3 of the VM's token, or empty. Version 1 had neither groups nor token. The
+//! CRC is of `vm` as compact JSON with its fields in this order. A record is replaced as a
 //! whole (written beside, synced, renamed, directory synced), so it is there or not.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
-use blobcr_proto::{DiskName, VmName};
+use blobcr_proto::name::GroupName;
+use blobcr_proto::{DiskName, Hash, VmName};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ProxyError;
-use crate::limits::DISKS_PER_VM_MAX;
+use crate::limits::{DISKS_PER_VM_MAX, GROUPS_PER_VM_MAX};
 
 const MAGIC: &str = "blobcr-vm";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// A record with the most disks and the longest names takes 9 KiB.
 const RECORD_BYTES_MAX: u64 = 64 << 10;
 
@@ -26,15 +30,19 @@ const RECORD_BYTES_MAX: u64 = 64 << 10;
 pub(crate) struct VmRecord {
     pub(crate) name: VmName,
     pub(crate) disks: Vec<DiskName>,
+    /// The groups of whose sets it may be a member.
+    pub(crate) groups: Vec<GroupName>,
+    /// What is kept of its token, if it has one.
+    pub(crate) token: Option<Hash>,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Envelope {
+struct Envelope<B> {
     magic: String,
     version: u32,
     crc32c: String,
-    vm: Body,
+    vm: B,
 }
 
 /// Read before the rest, because a later version may have other fields.
@@ -47,6 +55,15 @@ struct Preamble {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Body {
+    name: String,
+    disks: Vec<String>,
+    groups: Vec<String>,
+    token: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BodyV1 {
     name: String,
     disks: Vec<String>,
 }
@@ -66,7 +83,7 @@ pub(crate) enum RecordError {
     Checksum { found: String, expected: String },
 }
 
-fn checksum(body: &Body) -> String {
+fn checksum(body: &impl Serialize) -> String {
     let text = serde_json::to_vec(body).expect("strings always have a JSON form");
     let crc = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, &text) as u32;
     format!("{crc:08x}")
@@ -77,6 +94,8 @@ pub(crate) fn encode(record: &VmRecord) -> Vec<u8> {
     let vm = Body {
         name: record.name.to_string(),
         disks: record.disks.iter().map(ToString::to_string).collect(),
+        groups: record.groups.iter().map(ToString::to_string).collect(),
+        token: record.token.map(|hash| hash.to_string()).unwrap_or_default(),
     };
     let envelope =
         Envelope { magic: MAGIC.to_owned(), version: VERSION, crc32c: checksum(&vm), vm };
@@ -92,21 +111,40 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<VmRecord, RecordError> {
     if preamble.magic != MAGIC {
         return Err(RecordError::Malformed(format!("its magic is {:?}", preamble.magic)));
     }
-    if preamble.version != VERSION {
-        return Err(RecordError::Version(preamble.version));
-    }
-    let Envelope { crc32c, vm, .. } = serde_json::from_slice(bytes).map_err(malformed)?;
-    let expected = checksum(&vm);
-    if crc32c != expected {
-        return Err(RecordError::Checksum { found: crc32c, expected });
-    }
+    let vm = match preamble.version {
+        1 => {
+            let BodyV1 { name, disks } = checked(bytes)?;
+            Body { name, disks, groups: Vec::new(), token: String::new() }
+        }
+        VERSION => checked(bytes)?,
+        version => return Err(RecordError::Version(version)),
+    };
     let bad = |e: blobcr_proto::name::NameError| RecordError::Malformed(e.to_string());
     let disks =
         vm.disks.into_iter().map(DiskName::new).collect::<Result<Vec<_>, _>>().map_err(bad)?;
     if disks.is_empty() || disks.len() > DISKS_PER_VM_MAX {
         return Err(RecordError::Malformed(format!("it names {} disks", disks.len())));
     }
-    Ok(VmRecord { name: VmName::new(vm.name).map_err(bad)?, disks })
+    let groups =
+        vm.groups.into_iter().map(GroupName::new).collect::<Result<Vec<_>, _>>().map_err(bad)?;
+    if groups.len() > GROUPS_PER_VM_MAX {
+        return Err(RecordError::Malformed(format!("it names {} groups", groups.len())));
+    }
+    let token = match vm.token.as_str() {
+        "" => None,
+        text => Some(text.parse().map_err(|_| {
+            RecordError::Malformed("what is kept of its token is no hash".to_owned())
+        })?),
+    };
+    Ok(VmRecord { name: VmName::new(vm.name).map_err(bad)?, disks, groups, token })
+}
+
+/// What an envelope holds, when its checksum is that of it.
+fn checked<B: Serialize + DeserializeOwned>(bytes: &[u8]) -> Result<B, RecordError> {
+    let envelope: Envelope<B> =
+        serde_json::from_slice(bytes).map_err(|e| RecordError::Malformed(e.to_string()))?;
+    let (found, expected) = (envelope.crc32c, checksum(&envelope.vm));
+    if found == expected { Ok(envelope.vm) } else { Err(RecordError::Checksum { found, expected }) }
 }
 
 /// A record's file, and the record or why it cannot be used.
@@ -186,12 +224,22 @@ mod tests {
         VmRecord {
             name: VmName::new("web").unwrap(),
             disks: vec![DiskName::new("web0").unwrap(), DiskName::new("data.1").unwrap()],
+            groups: vec![GroupName::new("job").unwrap(), GroupName::new("all").unwrap()],
+            token: Some(Hash::of(b"secret")),
         }
     }
 
     #[test]
-    fn golden_record_of_version_1() {
+    fn golden_record_of_version_1_is_still_read() {
         let golden = include_str!("../golden/vm-v1.json");
+        let plain = VmRecord { groups: Vec::new(), token: None, ..sample() };
+        assert_eq!(decode(golden.as_bytes()).unwrap(), plain);
+        assert_eq!(decode(&encode(&plain)).unwrap(), plain);
+    }
+
+    #[test]
+    fn golden_record_of_version_2() {
+        let golden = include_str!("../golden/vm-v2.json");
         assert_eq!(String::from_utf8(encode(&sample())).unwrap(), golden);
         assert_eq!(decode(golden.as_bytes()).unwrap(), sample());
     }
@@ -212,8 +260,8 @@ mod tests {
 
     #[test]
     fn another_version_is_named_before_anything_else_is_read() {
-        let later = br#"{"magic":"blobcr-vm","version":2,"anything":[]}"#;
-        assert!(matches!(decode(later), Err(RecordError::Version(2))));
+        let later = br#"{"magic":"blobcr-vm","version":3,"anything":[]}"#;
+        assert!(matches!(decode(later), Err(RecordError::Version(3))));
         assert!(matches!(
             decode(b"{\"magic\":\"x\",\"version\":1}"),
             Err(RecordError::Malformed(_))

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use blobcr_proto::name::GroupName;
 use blobcr_proto::v1::{
     AddToSetRequest, CheckpointReply, CheckpointRequest, DiskSnapshot, SetMember, SetMembership,
     Snapshot, SnapshotState, VmStatusReply, WaitStableReply, WaitStableRequest,
@@ -18,6 +17,7 @@ use tonic::{Code, Status};
 use crate::answers::{Answers, Claim, Ticket};
 use crate::limits::{CHECKPOINTS_MAX, KEY_BYTES_MAX, Limits, WAITS_MAX};
 use crate::records::VmRecord;
+use crate::sets;
 use crate::upstream::Upstream;
 
 /// How long one call waits for a snapshot that is followed for the log.
@@ -42,6 +42,7 @@ pub(crate) struct Vm {
     answers: Answers,
     waits: Semaphore,
     follows: Arc<Semaphore>,
+    pub(crate) begun: sets::Begun,
 }
 
 impl Vm {
@@ -51,6 +52,7 @@ impl Vm {
             answers: Answers::default(),
             waits: Semaphore::new(WAITS_MAX),
             follows: Arc::new(Semaphore::new(2 * CHECKPOINTS_MAX)),
+            begun: sets::Begun::default(),
         }
     }
 
@@ -67,9 +69,9 @@ pub(crate) async fn checkpoint(
     vm: &Arc<Vm>,
     request: CheckpointRequest,
 ) -> Result<CheckpointReply, Status> {
-    let set = request.set;
-    if let Some(set) = &set {
-        check_set(set)?;
+    let mut set = request.set;
+    if let Some(set) = &mut set {
+        sets::check_membership(vm, set)?;
     }
     let key = check_key(request.idempotency_key)?;
     let answer = match vm.answers.claim(&key, set.as_ref())? {
@@ -291,7 +293,8 @@ pub(crate) async fn status(backend: &Backend, vm: &Vm) -> Result<VmStatusReply, 
     for disk in &vm.record.disks {
         disks.push(backend.upstream.disk(disk).await?);
     }
-    Ok(VmStatusReply { vm: vm.name().to_string(), disks })
+    let groups = vm.record.groups.iter().map(ToString::to_string).collect();
+    Ok(VmStatusReply { vm: vm.name().to_string(), disks, groups })
 }
 
 /// Records in the log how the snapshots end, whether or not anybody waits for them.
@@ -348,15 +351,6 @@ async fn follow_one(backend: &Backend, vm: &VmName, wanted: &Wanted<'_>) {
         }
     }
     tracing::warn!(%vm, image, number, "checkpoint is still pending; not following it any longer");
-}
-
-fn check_set(set: &SetMembership) -> Result<(), Status> {
-    GroupName::new(set.group.as_str())
-        .map_err(|e| Status::invalid_argument(format!("the group of the set: {e}")))?;
-    if set.expected_vms == 0 {
-        return Err(Status::invalid_argument("a checkpoint set has at least one VM"));
-    }
-    Ok(())
 }
 
 /// The key as it was given, or a fresh one: then at least this proxy's own retries are harmless.

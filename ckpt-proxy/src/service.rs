@@ -6,8 +6,9 @@ use blobcr_proto::v1;
 use blobcr_proto::v1::checkpoint_server::Checkpoint;
 use tonic::{Request, Response, Status};
 
-use crate::proxy::Proxy;
+use crate::proxy::{NewVm, Proxy};
 use crate::requests::{self, Vm};
+use crate::sets;
 
 /// Serves [`Checkpoint`] on a [`Proxy`]. Made by [`Proxy::service`].
 pub struct CheckpointService {
@@ -52,9 +53,27 @@ impl Checkpoint for CheckpointService {
         requests::status(self.proxy.backend(), &vm).await.map(Response::new)
     }
 
+    async fn begin_set(
+        &self,
+        request: Request<v1::BeginVmSetRequest>,
+    ) -> Result<Response<v1::VmSet>, Status> {
+        let request = request.into_inner();
+        let vm = self.vm(&request.vm)?;
+        sets::begin(self.proxy.backend(), &vm, request).await.map(Response::new)
+    }
+
+    async fn set_status(
+        &self,
+        request: Request<v1::VmSetStatusRequest>,
+    ) -> Result<Response<v1::VmSet>, Status> {
+        let request = request.into_inner();
+        let vm = self.vm(&request.vm)?;
+        sets::status(self.proxy.backend(), &vm, request).await.map(Response::new)
+    }
+
     async fn add_vm(&self, request: Request<v1::AddVmRequest>) -> Result<Response<v1::Vm>, Status> {
-        let v1::AddVmRequest { name, disks } = request.into_inner();
-        Ok(Response::new(self.proxy.add_vm(&name, &disks).await?))
+        let v1::AddVmRequest { name, disks, groups, tcp, replace } = request.into_inner();
+        Ok(Response::new(self.proxy.add_vm(NewVm { name, disks, groups, tcp, replace }).await?))
     }
 
     async fn remove_vm(

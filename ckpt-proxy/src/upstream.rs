@@ -13,8 +13,9 @@ use blobcr_proto::v1::directory_client::DirectoryClient;
 use blobcr_proto::v1::metadata_client::MetadataClient;
 use blobcr_proto::v1::mirror_client::MirrorClient;
 use blobcr_proto::v1::{
-    AddToSetRequest, CheckpointDisksRequest, CheckpointSet, DescribeRequest, Disk, DiskRef,
-    DiskSnapshot, ImageRef, Snapshot, SnapshotRef, WaitSnapshotRequest,
+    AddToSetRequest, BeginSetRequest, CheckpointDisksRequest, CheckpointSet, DescribeRequest, Disk,
+    DiskRef, DiskSnapshot, GetSetRequest, ImageRef, LatestSetRequest, Snapshot, SnapshotRef,
+    WaitSnapshotRequest,
 };
 use blobcr_proto::{DiskName, MESSAGE_BYTES_MAX};
 use tokio::time::{Instant, sleep, timeout};
@@ -129,6 +130,37 @@ impl Upstream {
         self.retry("adding to a checkpoint set", self.limits.call, |limit| {
             let request = timed(request.clone(), limit);
             async move { self.metadata().await?.add_to_set(request).await }
+        })
+        .await
+    }
+
+    pub(crate) async fn begin_set(
+        &self,
+        request: BeginSetRequest,
+    ) -> Result<CheckpointSet, Status> {
+        // Repeated after a lost answer, it leaves a set that nobody joins.
+        self.retry("beginning a checkpoint set", self.limits.call, |limit| {
+            let request = timed(request.clone(), limit);
+            async move { self.metadata().await?.begin_set(request).await }
+        })
+        .await
+    }
+
+    pub(crate) async fn get_set(&self, request: GetSetRequest) -> Result<CheckpointSet, Status> {
+        self.retry("asking for a checkpoint set", self.limits.call, |limit| {
+            let request = timed(request.clone(), limit);
+            async move { self.metadata().await?.get_set(request).await }
+        })
+        .await
+    }
+
+    pub(crate) async fn latest_set(
+        &self,
+        request: LatestSetRequest,
+    ) -> Result<CheckpointSet, Status> {
+        self.retry("asking for the latest checkpoint set", self.limits.call, |limit| {
+            let request = timed(request.clone(), limit);
+            async move { self.metadata().await?.latest_set(request).await }
         })
         .await
     }

@@ -1,14 +1,19 @@
 //! What the command line may say.
 
+mod set;
+
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 #[cfg(feature = "etcd")]
 use blobcr_metadata::store::etcd::{EtcdTarget, TargetError};
-use blobcr_proto::name::parse_snapshot_number;
+use blobcr_proto::name::{GroupName, parse_snapshot_number};
 use blobcr_proto::policy::{Policy, PolicyError};
 use blobcr_proto::{DiskName, ImageName, ImageSpec, PoolName, VmName};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use set::{RestartArgs, SetCommand};
 
 use crate::size::parse_size;
 
@@ -56,6 +61,9 @@ pub enum Command {
     /// Virtual machines that may ask for checkpoints
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Checkpoint sets: one snapshot per disk of a group of VMs
+    #[command(subcommand)]
+    Set(SetCommand),
     /// Sets of repository nodes with one redundancy policy
     #[command(subcommand)]
     Pool(PoolCommand),
@@ -309,11 +317,22 @@ pub enum VmCommand {
         /// The VM's disks; all of them are checkpointed behind one barrier
         #[arg(long = "disk", value_name = "DISK", required = true, num_args = 1..)]
         disks: Vec<DiskName>,
+        /// The groups of whose checkpoint sets it may be a member
+        #[arg(long = "group", value_name = "GROUP", num_args = 1..)]
+        groups: Vec<GroupName>,
+        /// Give it a token for a channel over TCP, which is printed this once
+        #[arg(long)]
+        tcp: bool,
     },
     /// Lists the VMs of this host
     List,
     /// Closes a VM's channel
     Remove { vm: VmName },
+    /// Passes stdin and stdout on to a VM's socket: for an address that QEMU forwards
+    Relay {
+        /// DIR/VM.sock, as `vm add` prints it
+        socket: PathBuf,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -375,6 +394,9 @@ pub struct UpArgs {
     /// Address to serve at; port 0 takes a free one
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     pub listen: String,
+    /// Address at which guests with a token are served; without it, none over TCP
+    #[arg(long, value_name = "ADDR")]
+    pub guests: Option<SocketAddr>,
     /// Seconds after which a node that is not heard of is down, and its partitions go to others
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_down_after)]
     pub node_down_after: Seconds,
@@ -573,6 +595,9 @@ pub struct ProxyArgs {
     /// Address to serve the `vm` verbs at; the mirror tells it to who asks there
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     pub listen: String,
+    /// Address at which guests with a token are served; without it, none over TCP
+    #[arg(long, value_name = "ADDR")]
+    pub guests: Option<SocketAddr>,
 }
 
 fn parse_snapshot(text: &str) -> Result<ImageSpec, String> {

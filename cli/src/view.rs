@@ -17,7 +17,7 @@ const fn some_unless_zero(number: u64) -> Option<u64> {
     if number == 0 { None } else { Some(number) }
 }
 
-fn some_unless_empty(text: String) -> Option<String> {
+pub(crate) fn some_unless_empty(text: String) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 
@@ -249,8 +249,15 @@ pub struct VmView {
     pub vm: String,
     pub disks: Vec<String>,
     pub socket: String,
+    pub groups: Vec<String>,
+    /// Where it is served over TCP.
+    pub address: Option<String>,
+    /// Its token, in the answer that made it.
+    pub token: Option<String>,
     /// What QEMU's command line needs for the channel.
     pub qemu_args: Vec<String>,
+    /// The same for a guest that is to reach it by TCP, at 10.0.2.100:7000 and nowhere else.
+    pub qemu_forward_args: Vec<String>,
 }
 
 /// A pool.

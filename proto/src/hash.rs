@@ -1,6 +1,7 @@
 //! Identities by content.
 
 use std::fmt;
+use std::str::FromStr;
 
 /// BLAKE3-256 of a record's plain bytes: the identity of a chunk or of a segment-tree node.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,6 +34,19 @@ impl Hash {
     pub fn prefix(&self) -> u64 {
         let [a, b, c, d, e, f, g, h, ..] = self.0;
         u64::from_be_bytes([a, b, c, d, e, f, g, h])
+    }
+}
+
+/// A text that is no hash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a hash is written as 64 hexadecimal digits")]
+pub struct NoHash;
+
+impl FromStr for Hash {
+    type Err = NoHash;
+
+    fn from_str(text: &str) -> Result<Self, NoHash> {
+        blake3::Hash::from_hex(text).map(|hash| Self(*hash.as_bytes())).map_err(|_| NoHash)
     }
 }
 

@@ -68,7 +68,7 @@ fn channel() -> String {
     let wait = v1::WaitStableRequest { vm: String::new(), snapshots, timeout_ms: 1 };
     let taken = v1::CheckpointReply { vm: "web".into(), snapshots: vec![disk_snapshot()] };
     let disk = v1::Disk { name: "web0".into(), size_bytes: 1 << 30, ..v1::Disk::default() };
-    let status = v1::VmStatusReply { vm: "web".into(), disks: vec![disk] };
+    let status = v1::VmStatusReply { vm: "web".into(), disks: vec![disk], groups: vec![] };
     let error = v1::ChannelError { code: 9, message: "it is busy".into() };
     let stable = v1::WaitStableReply { snapshots: vec![snapshot()] };
     [

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use blobcr_ckpt_proxy::testing::{Script, ScriptedHost};
-use blobcr_ckpt_proxy::{Limits, Proxy, ProxyOptions};
+use blobcr_ckpt_proxy::{Limits, NewVm, Proxy, ProxyOptions};
 use blobcr_guest::worker::State;
 use blobcr_tests::guest_image::GuestImage;
 use blobcr_tests::vm::{Vm, VmSpec};
@@ -35,7 +35,13 @@ impl ProxyProcess {
     }
 
     fn add_vm(&self, name: &str) {
-        self.runtime.block_on(self.proxy.add_vm(name, &["d0".to_owned()])).unwrap();
+        self.runtime
+            .block_on(self.proxy.add_vm(NewVm {
+                name: name.to_owned(),
+                disks: vec!["d0".to_owned()],
+                ..NewVm::default()
+            }))
+            .unwrap();
     }
 
     /// Nothing is closed in order: its socket stays where it is, and leads nowhere.

@@ -131,17 +131,19 @@ async fn a_checkpoint_joins_its_set() {
             idempotency_key: format!("key-{}-{expected_vms}", group.len()),
         })
     };
-    peer.send(1, set("mpi", 4)).await;
+    peer.send(1, set("", 4)).await;
     assert!(matches!(peer.answer().await, Some((1, Reply::Checkpoint(_)))));
     let sets = setup.script.sets();
     assert_eq!(sets.len(), 1);
-    assert_eq!((sets[0].group.as_str(), sets[0].sequence, sets[0].expected_vms), ("mpi", 5, 4));
+    assert_eq!((sets[0].group.as_str(), sets[0].sequence, sets[0].expected_vms), ("g", 5, 4));
     let members: Vec<_> =
         sets[0].members.iter().map(|m| (m.vm.as_str(), m.disk.as_str(), m.number)).collect();
     assert_eq!(members, [("one", "a", 1), ("one", "b", 1)]);
-    for (id, wrong) in [(2, set("../x", 4)), (3, set("", 4)), (4, set("mpi", 0))] {
+    for (id, wrong, code) in
+        [(2, set("../x", 4), Code::PermissionDenied), (3, set("g", 0), Code::InvalidArgument)]
+    {
         peer.send(id, wrong).await;
-        assert_eq!(peer.refusal().await.1, Code::InvalidArgument);
+        assert_eq!(peer.refusal().await.1, code);
     }
     assert_eq!(setup.script.calls().len(), 1, "nothing is committed for a set that cannot be");
 }

@@ -7,3 +7,5 @@ mod hostile;
 mod peer;
 mod resend;
 mod service;
+mod sets;
+mod tcp;

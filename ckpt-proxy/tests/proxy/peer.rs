@@ -1,11 +1,12 @@
 //! What the tests share: a proxy in a directory of its own, and a peer that says what it likes.
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use blobcr_ckpt_proxy::testing::{Script, ScriptedHost};
-use blobcr_ckpt_proxy::{Limits, Proxy, ProxyOptions};
+use blobcr_ckpt_proxy::{Limits, NewVm, Proxy, ProxyOptions};
 use blobcr_proto::channel::{Decoded, Frame, decode};
 use blobcr_proto::v1::channel_reply::Reply;
 use blobcr_proto::v1::channel_request::Request;
@@ -16,7 +17,7 @@ use blobcr_proto::v1::{
 use bytes::{Bytes, BytesMut};
 use prost::Message;
 use tempfile::TempDir;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tonic::Code;
 
@@ -56,17 +57,19 @@ impl Setup {
         let host = ScriptedHost::start(&script, None);
         let options = ProxyOptions {
             limits: limits.clone(),
+            guests: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
             ..ProxyOptions::new(dir.path(), host.address().to_string())
         };
         let proxy = Proxy::start(options).unwrap();
-        proxy.add_vm("one", &["a".into(), "b".into()]).await.unwrap();
-        proxy.add_vm("two", &["c".into()]).await.unwrap();
+        proxy.add_vm(new_vm("one", &["a", "b"], &["g"])).await.unwrap();
+        proxy.add_vm(new_vm("two", &["c"], &[])).await.unwrap();
         Self { dir, script, host, limits, proxy }
     }
 
     pub(crate) fn options(&self) -> ProxyOptions {
         ProxyOptions {
             limits: self.limits.clone(),
+            guests: Some(SocketAddr::from(([127, 0, 0, 1], 0))),
             ..ProxyOptions::new(self.dir.path(), self.host.address().to_string())
         }
     }
@@ -104,12 +107,12 @@ pub(crate) async fn in_time<T>(what: &str, future: impl Future<Output = T>) -> T
 }
 
 /// The end of a channel that a guest is at.
-pub(crate) struct Peer {
-    pub(crate) stream: UnixStream,
+pub(crate) struct Peer<S = UnixStream> {
+    pub(crate) stream: S,
     pub(crate) buffer: BytesMut,
 }
 
-impl Peer {
+impl<S: AsyncRead + AsyncWrite + Unpin> Peer<S> {
     pub(crate) async fn raw(&mut self, bytes: &[u8]) {
         in_time("writing", self.stream.write_all(bytes)).await.unwrap();
     }
@@ -151,6 +154,12 @@ impl Peer {
             other => panic!("no checkpoint: {other:?}"),
         }
     }
+}
+
+pub(crate) fn new_vm(name: &str, disks: &[&str], groups: &[&str]) -> NewVm {
+    let owned = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+    let (disks, groups) = (owned(disks), owned(groups));
+    NewVm { name: name.to_owned(), disks, groups, ..NewVm::default() }
 }
 
 pub(crate) fn checkpoint(key: &str) -> Request {

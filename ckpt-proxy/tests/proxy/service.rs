@@ -10,7 +10,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::Code;
 use tonic::transport::{Channel, Server};
 
-use crate::peer::{Setup, quick};
+use crate::peer::{Setup, new_vm, quick};
 
 async fn client(proxy: &Proxy) -> CheckpointClient<Channel> {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -31,6 +31,7 @@ async fn vms_are_added_listed_and_removed() {
     let add = |name: &str, disks: &[&str]| v1::AddVmRequest {
         name: name.to_owned(),
         disks: disks.iter().map(ToString::to_string).collect(),
+        ..v1::AddVmRequest::default()
     };
     let vm = client.add_vm(add("three", &["d"])).await.unwrap().into_inner();
     assert_eq!(vm.socket, setup.socket("three").to_str().unwrap());
@@ -114,7 +115,7 @@ async fn vms_outlive_the_proxy() {
     assert_eq!(names(&setup.proxy.vms()), ["one", "two"]);
     assert_eq!(setup.peer("one").await.checkpoint(1, "k").await.vm, "one");
     assert!(setup.dir.path().join("broken.json").exists(), "what is not understood is kept");
-    setup.proxy.add_vm("broken", &["d".into()]).await.unwrap();
+    setup.proxy.add_vm(new_vm("broken", &["d"], &[])).await.unwrap();
     setup.restart_proxy().await;
     assert_eq!(names(&setup.proxy.vms()), ["broken", "one", "two"]);
 }
@@ -132,10 +133,10 @@ async fn a_directory_has_one_proxy_and_a_mirror_an_address() {
     // A mirror that is not there yet is no reason not to start.
     let options = ProxyOptions { limits: quick(), ..ProxyOptions::new(dir.path(), "127.0.0.1:1") };
     let proxy = Proxy::start(options).unwrap();
-    let error = proxy.add_vm("one", &["a".into()]).await.unwrap_err();
+    let error = proxy.add_vm(new_vm("one", &["a"], &[])).await.unwrap_err();
     assert_eq!(tonic::Status::from(error).code(), Code::Unavailable);
     assert!(proxy.vms().is_empty());
     proxy.stop().await;
-    let error = proxy.add_vm("one", &["a".into()]).await.unwrap_err();
+    let error = proxy.add_vm(new_vm("one", &["a"], &[])).await.unwrap_err();
     assert!(matches!(error, ProxyError::Stopping));
 }

@@ -123,7 +123,11 @@ impl Roles {
         let mount = args.mount.clone().unwrap_or_else(|| dir.join("mnt"));
         let host = mirror::start(&dir.join("mirror"), &mount, &args.limits, repository).await?;
         self.host = Some(host.clone());
-        let proxy = Proxy::start(ProxyOptions::new(dir.join("vms"), address.clone()))?;
+        let options = ProxyOptions {
+            guests: args.guests,
+            ..ProxyOptions::new(dir.join("vms"), address.clone())
+        };
+        let proxy = Proxy::start(options)?;
         self.proxy = Some(proxy.clone());
         let router = server_builder()
             .add_service(blobcr_metadata::service(metadata))

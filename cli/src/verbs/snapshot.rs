@@ -287,6 +287,17 @@ impl DamageView {
 /// What cannot be reached for so long is reported, not waited out.
 const VERIFY_PATIENCE: Duration = Duration::from_secs(20);
 
+/// What is left of a snapshot when all of it is read.
+pub(super) async fn verified(
+    repository: &Repository,
+    spec: &ImageSpec,
+) -> anyhow::Result<blobcr_repository::Verification> {
+    let (image, _, reader) = repository.open(snapshot_ref(spec)).await?;
+    let pool = repository.pool(image.pool).await?;
+    let verifying = blobcr_repository::verify(&pool, reader.root(), VERIFY_PATIENCE, &|_, _| {});
+    Ok(Box::pin(verifying).await?)
+}
+
 async fn verify(repository: &Repository, spec: &ImageSpec, output: Output) -> anyhow::Result<()> {
     let (image, snapshot, reader) = repository.open(snapshot_ref(spec)).await?;
     let pool = repository.pool(image.pool).await?;

@@ -6,12 +6,15 @@ use blobcr_proto::v1;
 
 use crate::args::VmCommand;
 use crate::channel::within;
-use crate::output::{Column, Output, table};
+use crate::output::{Column, Output, or_dash, table};
 use crate::session::Session;
-use crate::view::VmView;
+use crate::view::{VmView, some_unless_empty};
 
 /// The proxy answers from memory, or after asking its mirror.
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Where a guest finds its channel in QEMU's user network.
+const FORWARDED: &str = "10.0.2.100:7000";
 
 /// The name by which the guest's agent finds the channel among its ports.
 const PORT_NAME: &str = "org.blobcr.checkpoint.0";
@@ -23,24 +26,34 @@ const PORT_NAME: &str = "org.blobcr.checkpoint.0";
 pub async fn run(command: VmCommand, session: &Session, output: Output) -> anyhow::Result<()> {
     let mut proxy = session.proxy()?;
     match command {
-        VmCommand::Add { vm, disks } => {
+        VmCommand::Add { vm, disks, groups, tcp } => {
             let disks = disks.into_iter().map(String::from).collect();
-            let request = v1::AddVmRequest { name: vm.into(), disks };
+            let groups = groups.into_iter().map(String::from).collect();
+            let request = v1::AddVmRequest { name: vm.into(), disks, groups, tcp, replace: false };
             let answer = proxy.client.add_vm(within(DEADLINE, request)).await;
-            let view = view(proxy.answer(answer)?);
-            output.data(&view, |view| {
-                format!("{}\n\nGive QEMU:\n{}\n", view.socket, pairs(&view.qemu_args))
-            })
+            output.data(&view(proxy.answer(answer)?), added)
         }
         VmCommand::List => {
             let answer = proxy.client.list_vms(within(DEADLINE, v1::ListVmsRequest {})).await;
             let views: Vec<_> = proxy.answer(answer)?.vms.into_iter().map(view).collect();
             output.data(&views, |views| {
-                let columns = [Column::Text("VM"), Column::Text("DISKS"), Column::Text("SOCKET")];
+                let columns = [
+                    Column::Text("VM"),
+                    Column::Text("DISKS"),
+                    Column::Text("GROUPS"),
+                    Column::Text("TCP"),
+                    Column::Text("SOCKET"),
+                ];
                 table(
                     &columns,
                     views.iter().map(|view| {
-                        vec![view.vm.clone(), view.disks.join(" "), view.socket.clone()]
+                        vec![
+                            view.vm.clone(),
+                            view.disks.join(" "),
+                            view.groups.join(" "),
+                            or_dash(view.address.clone()),
+                            view.socket.clone(),
+                        ]
                     }),
                 )
             })
@@ -52,7 +65,24 @@ pub async fn run(command: VmCommand, session: &Session, output: Output) -> anyho
             let view = RemovedView { vm: vm.into(), state: "removed" };
             output.data(&view, |_| String::new())
         }
+        // It needs no endpoint, so it never comes here.
+        VmCommand::Relay { socket } => super::relay::run(&socket),
     }
+}
+
+fn added(view: &VmView) -> String {
+    let token = match (&view.token, &view.address) {
+        (Some(token), Some(address)) => {
+            format!("\nOver TCP, at {address}, with the token (told this once):\n  {token}\n")
+        }
+        _ => String::new(),
+    };
+    format!(
+        "{}\n\nGive QEMU:\n{}\nor, for a guest that is to use TCP at {FORWARDED}:\n{}\n{token}",
+        view.socket,
+        pairs(&view.qemu_args),
+        pairs(&view.qemu_forward_args)
+    )
 }
 
 /// What was removed.
@@ -63,8 +93,29 @@ struct RemovedView {
 }
 
 fn view(vm: v1::Vm) -> VmView {
-    let qemu_args = qemu_args(&vm.socket);
-    VmView { vm: vm.name, disks: vm.disks, socket: vm.socket, qemu_args }
+    VmView {
+        qemu_args: qemu_args(&vm.socket),
+        qemu_forward_args: qemu_forward_args(&vm.socket),
+        vm: vm.name,
+        disks: vm.disks,
+        socket: vm.socket,
+        groups: vm.groups,
+        address: some_unless_empty(vm.address),
+        token: some_unless_empty(vm.token),
+    }
+}
+
+/// A network that leads to the VM's own channel and nowhere else: which socket it is stands on the
+/// host's command line, so the guest cannot forge it.
+fn qemu_forward_args(socket: &str) -> Vec<String> {
+    // QEMU splits the command as a shell would.
+    let quoted = format!("'{}'", socket.replace('\'', r"'\''")).replace(',', ",,");
+    vec![
+        "-netdev".to_owned(),
+        format!("user,id=blobcr,restrict=on,guestfwd=tcp:{FORWARDED}-cmd:blobcr vm relay {quoted}"),
+        "-device".to_owned(),
+        "virtio-net-pci,netdev=blobcr".to_owned(),
+    ]
 }
 
 /// The guest's end of the channel. QEMU connects, and connects again after a restart of ours.
@@ -93,5 +144,7 @@ mod tests {
     #[test]
     fn a_comma_in_a_path_does_not_become_an_option() {
         assert!(qemu_args("/a,b.sock")[1].contains("path=/a,,b.sock,"));
+        let forward = qemu_forward_args("/a,b c'd.sock");
+        assert!(forward[1].ends_with(r"blobcr vm relay '/a,,b c'\''d.sock'"), "{forward:?}");
     }
 }

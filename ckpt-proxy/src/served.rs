@@ -1,0 +1,105 @@
+//! The VMs that are served, their listeners and their connections.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use blobcr_proto::VmName;
+use bytes::BytesMut;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::UnixListener;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::channel::{self, Ending};
+use crate::requests::{Backend, Vm};
+
+/// A VM that is served.
+#[derive(Clone)]
+pub(crate) struct Served {
+    pub(crate) vm: Arc<Vm>,
+    /// Ends the VM's listener and its connections.
+    pub(crate) stop: CancellationToken,
+    /// Its connections, however they came.
+    places: Arc<Semaphore>,
+}
+
+impl Served {
+    pub(crate) fn new(vm: Arc<Vm>, stop: CancellationToken, connections: usize) -> Self {
+        Self { vm, stop, places: Arc::new(Semaphore::new(connections)) }
+    }
+
+    /// A place for one more connection.
+    pub(crate) fn place(&self) -> Option<OwnedSemaphorePermit> {
+        let place = Arc::clone(&self.places).try_acquire_owned().ok();
+        if place.is_none() {
+            tracing::warn!(vm = %self.vm.name(), "too many connections, closed the newest");
+        }
+        place
+    }
+}
+
+/// The VMs of this host by name.
+#[derive(Clone, Default)]
+pub(crate) struct Vms(Arc<Mutex<BTreeMap<VmName, Served>>>);
+
+impl Vms {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, BTreeMap<VmName, Served>> {
+        self.0.lock().expect("nothing panics while it holds this")
+    }
+
+    pub(crate) fn get(&self, name: &VmName) -> Option<Served> {
+        self.lock().get(name).cloned()
+    }
+}
+
+/// The listener of one VM, and its connections.
+pub(crate) struct Channel {
+    pub(crate) backend: Arc<Backend>,
+    pub(crate) served: Served,
+    pub(crate) tasks: TaskTracker,
+}
+
+impl Channel {
+    pub(crate) async fn accept(self, listener: UnixListener) {
+        let Self { backend, served, tasks } = self;
+        loop {
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    // Out of file descriptors, usually: it may pass.
+                    tracing::warn!(vm = %served.vm.name(), %error, "cannot accept a connection");
+                    tokio::time::sleep(backend.limits.rest).await;
+                    continue;
+                }
+            };
+            let Some(place) = served.place() else { continue };
+            let (backend, vm) = (Arc::clone(&backend), Arc::clone(&served.vm));
+            let connection = connection(backend, vm, stream, BytesMut::new());
+            let ended = served.stop.clone();
+            tasks.spawn(async move {
+                let _place = place;
+                ended.run_until_cancelled(connection).await
+            });
+        }
+    }
+}
+
+/// Serves a connection of which `buffer` has been read already.
+pub(crate) async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
+    backend: Arc<Backend>,
+    vm: Arc<Vm>,
+    stream: S,
+    buffer: BytesMut,
+) {
+    tracing::info!(vm = %vm.name(), "connected");
+    let rest = backend.limits.rest;
+    match channel::serve(backend, Arc::clone(&vm), stream, buffer).await {
+        Ending::Closed => tracing::info!(vm = %vm.name(), "disconnected"),
+        Ending::Misbehaved(why) => {
+            tracing::warn!(vm = %vm.name(), why, "connection closed");
+            // Its place stays taken meanwhile, which slows down one that keeps doing it.
+            tokio::time::sleep(rest).await;
+        }
+    }
+}
