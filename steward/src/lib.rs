@@ -6,6 +6,7 @@
 //! | [`repair`] | pays debts, and copies what moves; says when a partition has moved |
 //! | [`scrub`] | reads every copy and shard, and mends what is damaged or missing |
 //! | [`retention`] | which snapshots of an image a policy keeps |
+//! | [`retire`] | gives up the checkpoint sets that a group keeps no longer |
 //! | [`runner`] | runs the tasks side by side, for the role, while this steward leads |
 //!
 //! Below them: `layout` (where records belong), `members` (the nodes), `walk` (what they hold, object
@@ -25,6 +26,7 @@ mod pass;
 mod progress;
 pub mod repair;
 pub mod retention;
+pub mod retire;
 pub mod runner;
 pub mod scrub;
 mod walk;
@@ -35,4 +37,5 @@ pub use mend::Tally;
 pub use node::NodeError;
 pub use repair::{RepairError, RepairOptions, Repaired, Repairer};
 pub use retention::{Candidate, Policy, Reason, Verdict};
+pub use retire::{Retired, retire};
 pub use scrub::{NodeScrub, Scrub, ScrubError, ScrubOptions, scrub};

@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::collect::{CollectOptions, collect};
 use crate::lead::{self, Told};
 use crate::repair::{LOOK_EVERY, RepairOptions, Repairer};
+use crate::retire::{RETIRE_EVERY, retire};
 use crate::scrub::{ScrubOptions, scrub};
 
 /// When to do what.
@@ -50,6 +51,7 @@ pub async fn run(repository: Repository, holder: String, schedule: Schedule) {
             tokio::select! {
                 _ = lost.wait_for(|leads| !*leads) => tracing::info!("another steward leads"),
                 () = repairs(&mut repairer) => {}
+                () = retirements(repository) => {}
                 () = collections(repository, schedule.collect_every, &mut collection) => {}
                 () = scrubs(repository, schedule, &told.scrub, &mut scrubbing) => {}
             }
@@ -78,6 +80,20 @@ async fn repairs(repairer: &mut Repairer) {
             Err(error) => tracing::warn!(%error, "not repaired; trying again soon"),
         }
         sleep(LOOK_EVERY).await;
+    }
+}
+
+/// Never returns.
+async fn retirements(repository: &Repository) {
+    loop {
+        match retire(repository).await {
+            Ok(done) if done.sets > 0 => {
+                tracing::info!(done.sets, done.snapshots, "gave up old checkpoint sets");
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "old sets were not given up; trying again soon"),
+        }
+        sleep(RETIRE_EVERY).await;
     }
 }
 
