@@ -11,8 +11,9 @@ use blobcr_proto::channel::{BODY_BYTES_MAX, Decoded, Frame, decode};
 use blobcr_proto::v1::channel_reply::Reply;
 use blobcr_proto::v1::channel_request::Request;
 use blobcr_proto::v1::{
-    ChannelReply, ChannelRequest, CheckpointReply, CheckpointRequest, DiskSnapshot, SetMembership,
-    Snapshot, SnapshotState, VmStatusReply, VmStatusRequest, WaitStableRequest,
+    BeginVmSetRequest, ChannelReply, ChannelRequest, CheckpointReply, CheckpointRequest,
+    DiskSnapshot, Hello, SetMembership, Snapshot, SnapshotState, VmSet, VmSetStatusRequest,
+    VmStatusReply, VmStatusRequest, WaitStableRequest,
 };
 use bytes::BytesMut;
 use prost::Message;
@@ -20,7 +21,8 @@ use rustix::io::Errno;
 
 use crate::deadline::Deadline;
 use crate::error::GuestError;
-use crate::link::{Link, Moved, Target};
+use crate::link::{Link, Moved};
+use crate::target::Target;
 
 /// Until a request is sent again though nothing seems wrong; doubles up to [`RESEND_MAX`].
 const RESEND_FIRST: Duration = Duration::from_millis(500);
@@ -147,31 +149,87 @@ impl Client {
         }
     }
 
+    /// Begins a new checkpoint set of a group; an empty group is the VM's only one. Each VM, this
+    /// one included, then joins it by a CHECKPOINT that names it.
+    ///
+    /// # Errors
+    /// When there is no way to the host, the host refuses, or it does not answer in time. In the
+    /// last case a set may have begun, which nobody will join: begin another one.
+    pub fn begin_set(
+        &self,
+        group: &str,
+        expected_vms: u32,
+        deadline: Deadline,
+    ) -> Result<VmSet, GuestError> {
+        let request = BeginVmSetRequest {
+            vm: String::new(),
+            group: group.to_owned(),
+            expected_vms,
+        };
+        match self.call(Request::BeginSet(request), deadline)? {
+            Reply::BeginSet(set) => Ok(set),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// A set of a group; the sequence 0 is the newest that is complete and stable.
+    ///
+    /// # Errors
+    /// When there is no way to the host, the host refuses, or it does not answer in time.
+    pub fn set_status(
+        &self,
+        group: &str,
+        sequence: u64,
+        deadline: Deadline,
+    ) -> Result<VmSet, GuestError> {
+        let request = VmSetStatusRequest { vm: String::new(), group: group.to_owned(), sequence };
+        match self.call(Request::SetStatus(request), deadline)? {
+            Reply::SetStatus(set) => Ok(set),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     fn call(&self, request: Request, deadline: Deadline) -> Result<Reply, GuestError> {
+        let frame = Sent::new(request)?;
+        let mut link = self.target.open(deadline)?;
+        let body = exchange(&mut link, &frame, deadline)?;
+        answer(body)
+    }
+}
+
+/// A request as it goes over the way, as often as it must.
+struct Sent {
+    id: u64,
+    bytes: BytesMut,
+}
+
+impl Sent {
+    fn new(request: Request) -> Result<Self, GuestError> {
         let mut id = [0; 8];
         random(&mut id);
-        let request_id = u64::from_le_bytes(id);
+        let id = u64::from_le_bytes(id);
         let body = ChannelRequest { request: Some(request) }.encode_to_vec().into();
-        let mut frame = BytesMut::new();
-        Frame { request_id, body }
-            .encode(&mut frame)
-            .map_err(|e| GuestError::BadAnswer(format!("the request: {e}")))?;
-        let mut link = self.target.open(deadline)?;
-        let body = exchange(&mut link, request_id, &frame, deadline)?;
-        let reply = ChannelReply::decode(body).map_err(|e| GuestError::BadAnswer(e.to_string()))?;
-        match reply.reply {
-            Some(Reply::Error(e)) => Err(GuestError::Refused { code: e.code, message: e.message }),
-            Some(reply) => Ok(reply),
-            None => Err(GuestError::BadAnswer("it is empty".to_owned())),
-        }
+        let mut bytes = BytesMut::new();
+        Frame { request_id: id, body }
+            .encode(&mut bytes)
+            .map_err(|e| GuestError::Usage(format!("the request cannot be sent: {e}")))?;
+        Ok(Self { id, bytes })
+    }
+}
+
+fn answer(body: bytes::Bytes) -> Result<Reply, GuestError> {
+    let reply = ChannelReply::decode(body).map_err(|e| GuestError::BadAnswer(e.to_string()))?;
+    match reply.reply {
+        Some(Reply::Error(e)) => Err(GuestError::Refused { code: e.code, message: e.message }),
+        Some(reply) => Ok(reply),
+        None => Err(GuestError::BadAnswer("it is empty".to_owned())),
     }
 }
 
 /// Sends the frame until its answer comes.
 fn exchange(
     link: &mut Link,
-    request_id: u64,
-    frame: &[u8],
+    frame: &Sent,
     deadline: Deadline,
 ) -> Result<bytes::Bytes, GuestError> {
     let mut resend = RESEND_FIRST;
@@ -179,14 +237,38 @@ fn exchange(
     let mut buffer = BytesMut::new();
     while !deadline.is_over() && link.ready(deadline)? {
         let until = deadline.or_after(resend);
-        if send(link, frame, until)?
-            && let Some(body) = receive(link, request_id, &mut buffer, until)?
+        if greet(link, &mut buffer, until)?
+            && send(link, &frame.bytes, until)?
+            && let Some(body) = receive(link, frame.id, &mut buffer, until)?
         {
             return Ok(body);
         }
         resend = (resend * 2).min(RESEND_MAX);
     }
     Err(GuestError::NoAnswer { state: link.state() })
+}
+
+/// Whether the host knows whose connection this is, and will answer.
+fn greet(link: &mut Link, buffer: &mut BytesMut, until: Deadline) -> Result<bool, GuestError> {
+    let Some(credentials) = link.greeting() else { return Ok(true) };
+    let (vm, token) = (credentials.vm.clone(), credentials.token.clone());
+    let hello = Sent::new(Request::Hello(Hello { vm, token }))?;
+    // Nothing of an earlier connection goes on in this one.
+    buffer.clear();
+    if send(link, &hello.bytes, until)?
+        && let Some(body) = receive(link, hello.id, buffer, until)?
+    {
+        return match answer(body)? {
+            Reply::Hello(_) => {
+                link.greeted();
+                Ok(true)
+            }
+            other => Err(unexpected(&other)),
+        };
+    }
+    // It comes first on a connection, so it is said again on another one only.
+    link.gone();
+    Ok(false)
 }
 
 /// Whether all of the frame was written.
@@ -260,7 +342,8 @@ fn unexpected(reply: &Reply) -> GuestError {
         Reply::Checkpoint(_) => "a checkpoint",
         Reply::WaitStable(_) => "a wait",
         Reply::Status(_) => "a status",
-        Reply::BeginSet(_) | Reply::SetStatus(_) => "a set",
+        Reply::BeginSet(_) => "a new set",
+        Reply::SetStatus(_) => "a set's status",
         Reply::Hello(_) => "a greeting",
     };
     GuestError::BadAnswer(format!("it is of {kind}, which was not asked for"))

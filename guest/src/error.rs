@@ -1,7 +1,9 @@
-//! What can go wrong between a guest and its host, and the exit code of each.
+//! What can go wrong between a guest and its host, and the exit code and the errno of each.
 
 use std::io;
 use std::path::PathBuf;
+
+use rustix::io::Errno;
 
 /// gRPC status codes, which a host's refusal carries.
 mod code {
@@ -9,16 +11,23 @@ mod code {
     pub(super) const DEADLINE_EXCEEDED: i32 = 4;
     pub(super) const NOT_FOUND: i32 = 5;
     pub(super) const ALREADY_EXISTS: i32 = 6;
+    pub(super) const PERMISSION_DENIED: i32 = 7;
+    pub(super) const RESOURCE_EXHAUSTED: i32 = 8;
     pub(super) const FAILED_PRECONDITION: i32 = 9;
     pub(super) const ABORTED: i32 = 10;
+    pub(super) const UNIMPLEMENTED: i32 = 12;
     pub(super) const UNAVAILABLE: i32 = 14;
     pub(super) const DATA_LOSS: i32 = 15;
+    pub(super) const UNAUTHENTICATED: i32 = 16;
 }
 
 /// What failed, on which object, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GuestError {
+    /// The caller's own mistake.
+    #[error("{0}")]
+    Usage(String),
     /// The guest has no port to its host.
     #[error(
         "this guest has no virtio-serial port named {name}; start its hypervisor with one \
@@ -74,6 +83,16 @@ pub enum GuestError {
         /// The last thing that was heard.
         state: String,
     },
+    /// The file systems did not stay frozen until the host had answered.
+    #[error(
+        "the file systems were frozen for {seconds} s, the most that is allowed, and thawed before \
+         the host had answered: the checkpoint, if one was taken, is what a power cut would leave; \
+         take another one, or allow more"
+    )]
+    Thawed {
+        /// The limit.
+        seconds: u64,
+    },
     /// A state file of the worker is damaged.
     #[error("the state file {path} is damaged ({detail}); remove it to start anew")]
     BadState {
@@ -97,6 +116,7 @@ impl GuestError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
+            Self::Usage(_) => 2,
             Self::NoPort { .. } => 3,
             Self::NoAnswer { .. } | Self::NotYet { .. } => 5,
             Self::BadState { .. } => 6,
@@ -108,8 +128,37 @@ impl GuestError {
                 code::DATA_LOSS => 6,
                 _ => 1,
             },
-            Self::Io { .. } | Self::BadAnswer(_) | Self::Lost { .. } => 1,
+            Self::Io { .. } | Self::BadAnswer(_) | Self::Lost { .. } | Self::Thawed { .. } => 1,
         }
+    }
+
+    /// The errno that the C library gives for it, negated; never zero.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        let errno = match self {
+            Self::Usage(_) => Errno::INVAL,
+            Self::NoPort { .. } => Errno::NODEV,
+            Self::NoAnswer { .. } => Errno::TIMEDOUT,
+            Self::NotYet { .. } => Errno::AGAIN,
+            Self::BadAnswer(_) => Errno::PROTO,
+            Self::Lost { .. } | Self::BadState { .. } => Errno::IO,
+            Self::Thawed { .. } => Errno::INTR,
+            Self::Io { source, .. } => return source.raw_os_error().unwrap_or(5),
+            Self::Refused { code, .. } => match *code {
+                code::INVALID_ARGUMENT => Errno::INVAL,
+                code::NOT_FOUND => Errno::NOENT,
+                code::ALREADY_EXISTS => Errno::EXIST,
+                code::PERMISSION_DENIED | code::UNAUTHENTICATED => Errno::ACCESS,
+                code::RESOURCE_EXHAUSTED => Errno::DQUOT,
+                code::FAILED_PRECONDITION | code::ABORTED => Errno::BUSY,
+                code::UNIMPLEMENTED => Errno::OPNOTSUPP,
+                code::UNAVAILABLE => Errno::HOSTUNREACH,
+                code::DEADLINE_EXCEEDED => Errno::TIMEDOUT,
+                code::DATA_LOSS => Errno::IO,
+                _ => Errno::REMOTEIO,
+            },
+        };
+        errno.raw_os_error()
     }
 
     /// The host could not do it now; a wait goes on.

@@ -7,6 +7,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, fstat, fsync, major, minor, open, syncfs};
@@ -14,7 +15,7 @@ use rustix::io::Errno;
 
 use crate::error::GuestError;
 
-const MOUNTS: &str = "/proc/self/mountinfo";
+pub(crate) const MOUNTS: &str = "/proc/thread-self/mountinfo";
 const DISKS: &str = "/sys/block";
 /// Devices of memory, of other devices' bytes, or with media that may be missing.
 const NO_DISKS: [&str; 5] = ["loop", "ram", "zram", "sr", "fd"];
@@ -45,32 +46,43 @@ pub fn everything() -> Result<Flushed, GuestError> {
         // Other mounts cover all of its mount points: only the kernel still reaches it.
         rustix::fs::sync();
     }
+    Ok(Flushed { file_systems: synced.len(), disks: disks()? })
+}
+
+/// Flushes every disk of this machine; how many. Frozen file systems do not hold it up.
+///
+/// # Errors
+/// When one of them cannot be flushed.
+pub fn disks() -> Result<usize, GuestError> {
     let mut disks = 0;
     for name in disk_names(Path::new(DISKS)).map_err(GuestError::io("list", DISKS))? {
         disks += usize::from(sync_disk(&Path::new("/dev").join(name))?);
     }
-    Ok(Flushed { file_systems: synced.len(), disks })
+    Ok(disks)
 }
 
 /// Whether the file system was reached by this mount point, and then it is synced.
 fn sync_mount(mount: &BlockMount<'_>) -> Result<bool, GuestError> {
+    let Some(fd) = open_mount(mount)? else { return Ok(false) };
+    syncfs(&fd).map_err(|e| GuestError::io("sync the file system", &mount.path)(e.into()))?;
+    Ok(true)
+}
+
+/// The mount point, when it is the one of this mount still.
+pub(crate) fn open_mount(mount: &BlockMount<'_>) -> Result<Option<OwnedFd>, GuestError> {
     let path = &mount.path;
     // Not as a path only: syncfs wants a file that was really opened.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let fd = match open(path, flags, Mode::empty()) {
         Ok(fd) => fd,
         // Unmounted since, or below another mount.
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS | Errno::PERM) => return Ok(false),
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS | Errno::PERM) => return Ok(None),
         Err(error) => return Err(GuestError::io("open the mount", path)(error.into())),
     };
     let stat = fstat(&fd).map_err(|e| GuestError::io("look at the mount", path)(e.into()))?;
     let found = format!("{}:{}", major(stat.st_dev), minor(stat.st_dev));
     // A btrfs subvolume has a number of its own, which is not the one in mountinfo.
-    if found != mount.device && !mount.device.starts_with("0:") {
-        return Ok(false);
-    }
-    syncfs(&fd).map_err(|e| GuestError::io("sync the file system", path)(e.into()))?;
-    Ok(true)
+    Ok((found == mount.device || mount.device.starts_with("0:")).then_some(fd))
 }
 
 fn sync_disk(device: &Path) -> Result<bool, GuestError> {
@@ -95,23 +107,27 @@ fn sync_disk(device: &Path) -> Result<bool, GuestError> {
 
 /// A mount of a file system on a block device.
 #[derive(Debug, PartialEq, Eq)]
-struct BlockMount<'a> {
+pub(crate) struct BlockMount<'a> {
     /// `MAJOR:MINOR`
-    device: &'a str,
-    path: PathBuf,
+    pub(crate) device: &'a str,
+    pub(crate) path: PathBuf,
+    /// Whether the file system itself is, by any of its mounts.
+    pub(crate) writable: bool,
 }
 
 /// All mounts of file systems on block devices, in the order of mounting.
-fn block_mounts(mountinfo: &str) -> Vec<BlockMount<'_>> {
+pub(crate) fn block_mounts(mountinfo: &str) -> Vec<BlockMount<'_>> {
     let mut found = Vec::new();
     for line in mountinfo.lines() {
         // 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
         let mut fields = line.split(' ');
         let (Some(device), Some(mount)) = (fields.nth(2), fields.nth(1)) else { continue };
-        let source = fields.skip_while(|f| *f != "-").nth(2).unwrap_or_default();
+        let mut fields = fields.skip_while(|f| *f != "-");
+        let source = fields.nth(2).unwrap_or_default();
+        let writable = fields.next().is_some_and(|o| o.split(',').any(|o| o == "rw"));
         // btrfs has a device number of no block device (0:N), but its source is one.
         if !device.starts_with("0:") || source.starts_with("/dev/") {
-            found.push(BlockMount { device, path: PathBuf::from(unescape(mount)) });
+            found.push(BlockMount { device, path: PathBuf::from(unescape(mount)), writable });
         }
     }
     found
@@ -174,17 +190,20 @@ mod tests {
 24 21 254:16 / /data\\040disk rw master:1 shared:7 - xfs /dev/vdb rw
 25 21 254:0 /var /srv rw - ext4 /dev/root rw
 26 21 0:40 / /pool rw - btrfs /dev/vdc rw
-27 24 7:0 / /loop rw - ext4 /dev/loop0 rw
+27 24 7:0 / /loop rw - ext4 /dev/loop0 ro,norecovery
 28 21 0:41 / /net rw - nfs4 server:/x rw
 broken line
 ";
         let found: Vec<_> = block_mounts(mountinfo)
             .into_iter()
-            .map(|mount| format!("{} {}", mount.device, mount.path.display()))
+            .map(|mount| {
+                let (device, path) = (mount.device, mount.path.display());
+                format!("{device} {path}{}", if mount.writable { "" } else { " ro" })
+            })
             .collect();
         assert_eq!(
             found,
-            ["254:0 /", "254:16 /data disk", "254:0 /srv", "0:40 /pool", "7:0 /loop"]
+            ["254:0 /", "254:16 /data disk", "254:0 /srv", "0:40 /pool", "7:0 /loop ro"]
         );
     }
 

@@ -16,6 +16,8 @@
 //! |---|---|
 //! | [`client`] | [`Client`]: the requests, sent again for as long as their answer may still come |
 //! | `link` | the byte stream to the host, which goes away and comes back |
+//! | [`target`] | which way that is, and how people name it |
+//! | [`freeze`] | holds file systems still around a request |
 //! | [`flush`] | brings what the guest's kernel holds back onto its disks |
 //! | [`worker`] | a computation that can be checked after a restart; for the demo and the tests |
 //! | [`report`] | what the programs print |
@@ -24,11 +26,13 @@ pub mod client;
 mod deadline;
 mod error;
 pub mod flush;
+pub mod freeze;
 mod link;
 pub mod report;
+pub mod target;
 pub mod worker;
 
 pub use client::{Ask, Client};
 pub use deadline::Deadline;
 pub use error::GuestError;
-pub use link::{PORT_NAME, Target};
+pub use target::{Credentials, PORT_NAME, Place, Target};

@@ -1,10 +1,12 @@
-//! The byte stream to the host: a virtio-serial port, or a Unix socket where there is no VM.
+//! The byte stream to the host: a virtio-serial port, a TCP connection, or a Unix socket where there
+//! is no VM.
 //!
 //! The host end comes and goes. A port says so by a hang-up and an end of file, and is readable
 //! again later through the same descriptor; a socket has to be connected anew.
 
 use std::fs::{self, File};
 use std::io;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -14,36 +16,31 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::Errno;
+use rustix::net::{SendFlags, send, sockopt};
 
 use crate::deadline::Deadline;
 use crate::error::GuestError;
+use crate::target::{Credentials, Target};
 
-/// The name of the virtio-serial port that is a VM's channel to its host.
-pub const PORT_NAME: &str = "org.blobcr.checkpoint.0";
 const PORTS: &str = "/sys/class/virtio-ports";
 /// Between two looks at something that gives no notice when it changes.
 const PAUSE: Duration = Duration::from_millis(10);
-
-/// Where the host is asked.
-#[derive(Clone, Debug)]
-pub enum Target {
-    /// The virtio-serial port of this name.
-    Port(String),
-    /// A Unix socket, as the proxy makes it: for programs outside of a VM.
-    Socket(PathBuf),
-}
+/// How long one attempt to connect over TCP may take, lest a lost packet costs the whole deadline.
+const CONNECT: Duration = Duration::from_secs(3);
+/// A TCP peer that acknowledges nothing for so long is taken for gone. The kernel's own answer to a
+/// host that vanished comes after a quarter of an hour.
+const UNACKNOWLEDGED_MS: u32 = 10_000;
 
 impl Target {
-    /// The port that every VM's channel has.
-    #[must_use]
-    pub fn port() -> Self {
-        Self::Port(PORT_NAME.to_owned())
-    }
-
     /// Opens the way to the host, waiting for other programs that use it.
     pub(crate) fn open(&self, deadline: Deadline) -> Result<Link, GuestError> {
         match self {
             Self::Socket(path) => Ok(Link { path: path.clone(), way: Way::Socket(None) }),
+            Self::Tcp { address, credentials } => {
+                let (address, credentials) = (*address, credentials.clone());
+                let way = Way::Tcp { address, stream: None, credentials, greeted: false };
+                Ok(Link { path: PathBuf::from(address.to_string()), way })
+            }
             Self::Port(name) => {
                 let found = find_port(Path::new(PORTS), name)?;
                 let lock = lock(&found, deadline)?;
@@ -103,6 +100,14 @@ fn open_port(path: &Path, deadline: Deadline) -> Result<OwnedFd, GuestError> {
 enum Way {
     Port { fd: OwnedFd, _lock: File },
     Socket(Option<UnixStream>),
+    Tcp {
+        address: SocketAddr,
+        stream: Option<TcpStream>,
+        /// What each new connection begins with.
+        credentials: Option<Credentials>,
+        /// Whether this connection's host has accepted them.
+        greeted: bool,
+    },
 }
 
 /// What became of an attempt to read or write.
@@ -126,7 +131,7 @@ impl Link {
     /// Waits until the host end is there. `false` when it is not by the deadline.
     pub(crate) fn ready(&mut self, deadline: Deadline) -> Result<bool, GuestError> {
         loop {
-            if self.try_ready()? {
+            if self.try_ready(deadline)? {
                 return Ok(true);
             }
             if deadline.is_over() {
@@ -136,14 +141,29 @@ impl Link {
         }
     }
 
-    fn try_ready(&mut self) -> Result<bool, GuestError> {
+    /// What the host has still to be told on this connection before it answers anything.
+    pub(crate) fn greeting(&self) -> Option<&Credentials> {
+        match &self.way {
+            Way::Tcp { credentials: Some(credentials), greeted: false, .. } => Some(credentials),
+            _ => None,
+        }
+    }
+
+    /// The host has accepted the greeting.
+    pub(crate) fn greeted(&mut self) {
+        if let Way::Tcp { greeted, .. } = &mut self.way {
+            *greeted = true;
+        }
+    }
+
+    fn try_ready(&mut self, deadline: Deadline) -> Result<bool, GuestError> {
         match &mut self.way {
             Way::Port { fd, .. } => {
                 let seen = wait(fd.as_fd(), PollFlags::OUT, Duration::ZERO)
                     .map_err(GuestError::io("poll", &self.path))?;
                 Ok(!seen.contains(PollFlags::HUP))
             }
-            Way::Socket(Some(_)) => Ok(true),
+            Way::Socket(Some(_)) | Way::Tcp { stream: Some(_), .. } => Ok(true),
             Way::Socket(socket @ None) => match connect(&self.path) {
                 Ok(stream) => {
                     *socket = Some(stream);
@@ -152,23 +172,42 @@ impl Link {
                 Err(error) if comes_back(&error) => Ok(false),
                 Err(error) => Err(GuestError::io("connect to", &self.path)(error)),
             },
+            Way::Tcp { address, stream: stream @ None, greeted, .. } => {
+                match connect_tcp(*address, deadline) {
+                    Ok(connected) => {
+                        *stream = Some(connected);
+                        *greeted = false;
+                        Ok(true)
+                    }
+                    Err(error) if comes_back(&error) => Ok(false),
+                    Err(error) => Err(GuestError::io("connect to", &self.path)(error)),
+                }
+            }
         }
     }
 
     /// What the way looks like now, for an error message.
     pub(crate) fn state(&mut self) -> String {
-        let there = matches!(self.try_ready(), Ok(true));
+        let there = matches!(self.try_ready(Deadline::after(PAUSE)), Ok(true));
         let path = self.path.display();
         match (&self.way, there) {
             (Way::Port { .. }, true) => format!("the host end of {path} is open"),
             (Way::Port { .. }, false) => format!("nobody is at the host end of {path}"),
-            (Way::Socket(_), true) => format!("{path} is connected"),
-            (Way::Socket(_), false) => format!("nobody listens on {path}"),
+            (Way::Tcp { credentials: Some(_), greeted: false, .. }, true) => {
+                format!("{path} is connected and has not accepted this VM")
+            }
+            (Way::Socket(_) | Way::Tcp { .. }, true) => format!("{path} is connected"),
+            (Way::Socket(_) | Way::Tcp { .. }, false) => format!("nobody listens on {path}"),
         }
     }
 
     pub(crate) fn write(&mut self, bytes: &[u8], deadline: Deadline) -> Result<Moved, GuestError> {
-        self.exchange("write to", PollFlags::OUT, deadline, |fd| rustix::io::write(fd, bytes))
+        let port = matches!(self.way, Way::Port { .. });
+        self.exchange("write to", PollFlags::OUT, deadline, |fd| match port {
+            true => rustix::io::write(fd, bytes),
+            // The signal of a broken pipe would end the program that this library is part of.
+            false => send(fd, bytes, SendFlags::NOSIGNAL),
+        })
     }
 
     pub(crate) fn read(
@@ -190,16 +229,23 @@ impl Link {
             let fd = match &self.way {
                 Way::Port { fd, .. } => fd.as_fd(),
                 Way::Socket(Some(stream)) => stream.as_fd(),
-                Way::Socket(None) => return Ok(Moved::Gone),
+                Way::Tcp { stream: Some(stream), .. } => stream.as_fd(),
+                Way::Socket(None) | Way::Tcp { stream: None, .. } => return Ok(Moved::Gone),
             };
             // The attempt comes first: what is there can be read although the other end is gone.
             match attempt(fd) {
                 Ok(0) => return Ok(self.gone()),
                 Ok(bytes) => return Ok(Moved::Bytes(bytes)),
                 Err(Errno::AGAIN | Errno::INTR) => {}
-                Err(Errno::PIPE | Errno::CONNRESET | Errno::NODEV | Errno::IO) => {
-                    return Ok(self.gone());
-                }
+                Err(
+                    Errno::PIPE
+                    | Errno::CONNRESET
+                    | Errno::NODEV
+                    | Errno::IO
+                    | Errno::TIMEDOUT
+                    | Errno::HOSTUNREACH
+                    | Errno::NETUNREACH,
+                ) => return Ok(self.gone()),
                 Err(error) => return Err(GuestError::io(what, &self.path)(error.into())),
             }
             if deadline.is_over() {
@@ -213,9 +259,12 @@ impl Link {
         }
     }
 
-    fn gone(&mut self) -> Moved {
-        if let Way::Socket(socket) = &mut self.way {
-            *socket = None;
+    /// Gives a connection up, so that the next one is made anew. A port stays open.
+    pub(crate) fn gone(&mut self) -> Moved {
+        match &mut self.way {
+            Way::Socket(socket) => *socket = None,
+            Way::Tcp { stream, .. } => *stream = None,
+            Way::Port { .. } => {}
         }
         Moved::Gone
     }
@@ -227,11 +276,29 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// What a socket gives whose listener is being started anew.
+fn connect_tcp(address: SocketAddr, deadline: Deadline) -> io::Result<TcpStream> {
+    // No time at all would be an error.
+    let time = deadline.left().clamp(PAUSE, CONNECT);
+    let stream = TcpStream::connect_timeout(&address, time)?;
+    stream.set_nonblocking(true)?;
+    stream.set_nodelay(true)?;
+    sockopt::set_tcp_user_timeout(&stream, UNACKNOWLEDGED_MS)?;
+    Ok(stream)
+}
+
+/// What a socket gives whose listener, or whose network, is being started anew.
 fn comes_back(error: &io::Error) -> bool {
+    use io::ErrorKind as Kind;
     matches!(
         error.kind(),
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock
+        Kind::NotFound
+            | Kind::ConnectionRefused
+            | Kind::ConnectionReset
+            | Kind::WouldBlock
+            | Kind::TimedOut
+            | Kind::HostUnreachable
+            | Kind::NetworkUnreachable
+            | Kind::NetworkDown
     )
 }
 
@@ -255,6 +322,7 @@ fn wait(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::target::PORT_NAME;
 
     #[test]
     fn a_port_is_found_by_its_name() {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use blobcr_proto::v1::{
-    CheckpointReply, Disk, DiskSnapshot, Snapshot, SnapshotState, VmStatusReply,
+    CheckpointReply, Disk, DiskSnapshot, SetState, Snapshot, SnapshotState, VmSet, VmStatusReply,
 };
 use serde_json::{Value, json};
 
@@ -32,6 +32,44 @@ pub fn state_name(state: SnapshotState) -> &'static str {
         SnapshotState::Failed => "failed",
         SnapshotState::Obsolete => "obsolete",
     }
+}
+
+/// The state of a set as it is written everywhere.
+#[must_use]
+pub fn set_state_name(state: SetState) -> &'static str {
+    match state {
+        SetState::Unspecified => "unknown",
+        SetState::Incomplete => "incomplete",
+        SetState::Pending => "pending",
+        SetState::Stable => "stable",
+        SetState::Failed => "failed",
+        SetState::Obsolete => "obsolete",
+    }
+}
+
+/// A set in a line, which begins as `--set` takes it.
+#[must_use]
+pub fn set_line(set: &VmSet) -> String {
+    format!(
+        "{}:{}:{} {} joined_vms={}",
+        set.group,
+        set.sequence,
+        set.expected_vms,
+        set_state_name(set.state()),
+        set.joined_vms
+    )
+}
+
+/// A set as one JSON object.
+#[must_use]
+pub fn set_json(set: &VmSet) -> Value {
+    json!({
+        "group": set.group,
+        "sequence": set.sequence,
+        "expected_vms": set.expected_vms,
+        "joined_vms": set.joined_vms,
+        "state": set_state_name(set.state()),
+    })
 }
 
 /// One line for each disk of a checkpoint, beginning with `IMAGE@N`.
@@ -159,7 +197,11 @@ pub fn status_json(status: &VmStatusReply) -> Value {
             "stalled": d.stalled,
         })
     };
-    json!({ "vm": status.vm, "disks": status.disks.iter().map(disk).collect::<Vec<_>>() })
+    json!({
+        "vm": status.vm,
+        "disks": status.disks.iter().map(disk).collect::<Vec<_>>(),
+        "groups": status.groups,
+    })
 }
 
 #[cfg(test)]
@@ -203,8 +245,27 @@ mod tests {
     fn a_disk_without_a_checkpoint_has_none() {
         let disk =
             Disk { name: "d0".into(), image: "debian".into(), snapshot: 1, ..Disk::default() };
-        let status = VmStatusReply { vm: "web".into(), disks: vec![disk], groups: vec![] };
+        let status = VmStatusReply {
+            vm: "web".into(),
+            disks: vec![disk],
+            groups: vec!["mpi".into()],
+        };
         assert_eq!(status_json(&status)["disks"][0]["checkpoint_image"], Value::Null);
         assert!(status_lines(&status)[0].contains("checkpoint_image=- "));
+        assert_eq!(status_json(&status)["groups"], json!(["mpi"]));
+    }
+
+    #[test]
+    fn a_set_in_a_line_and_json() {
+        let mut set = VmSet {
+            group: "mpi".into(),
+            sequence: 12,
+            expected_vms: 4,
+            joined_vms: 3,
+            ..VmSet::default()
+        };
+        set.set_state(SetState::Incomplete);
+        assert_eq!(set_line(&set), "mpi:12:4 incomplete joined_vms=3");
+        assert_eq!(set_json(&set)["state"], "incomplete");
     }
 }

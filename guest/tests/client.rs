@@ -2,22 +2,21 @@
 
 #![expect(clippy::unwrap_used, reason = "a failure in a test is a failed test")]
 
-use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::thread::{JoinHandle, spawn};
 use std::time::{Duration, Instant};
 
 use blobcr_guest::{Ask, Client, Deadline, GuestError, Target};
-use blobcr_proto::channel::{Decoded, Frame, decode};
+use blobcr_guest_fake_host::{Connection, encode};
+use blobcr_proto::channel::Frame;
 use blobcr_proto::v1::channel_reply::Reply;
 use blobcr_proto::v1::channel_request::Request;
 use blobcr_proto::v1::{
-    ChannelError, ChannelReply, ChannelRequest, CheckpointReply, DiskSnapshot, Snapshot,
-    SnapshotState, VmStatusReply, WaitStableReply,
+    ChannelError, CheckpointReply, DiskSnapshot, Snapshot, SnapshotState, VmStatusReply,
+    WaitStableReply,
 };
 use bytes::BytesMut;
-use prost::Message;
 use tempfile::TempDir;
 
 const SOON: Duration = Duration::from_secs(30);
@@ -41,61 +40,20 @@ impl Host {
     }
 }
 
-struct Connection {
-    stream: UnixStream,
-    buffer: BytesMut,
+fn accept(listener: &UnixListener) -> Connection<UnixStream> {
+    let (stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    Connection::new(stream)
 }
 
-impl Connection {
-    fn accept(listener: &UnixListener) -> Self {
-        let (stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
-        Self { stream, buffer: BytesMut::new() }
-    }
-
-    /// The next request; `None` when the guest has closed the connection.
-    fn request(&mut self) -> Option<(u64, Request)> {
-        loop {
-            match decode(&mut self.buffer) {
-                Decoded::Frame(frame) => {
-                    let request = ChannelRequest::decode(frame.body).unwrap();
-                    return Some((frame.request_id, request.request.unwrap()));
-                }
-                Decoded::Skipped(n) => panic!("the guest sent {n} bytes that are no frame"),
-                Decoded::Incomplete => {}
-            }
-            let mut piece = [0; 4096];
-            match self.stream.read(&mut piece).unwrap() {
-                0 => return None,
-                bytes => self.buffer.extend_from_slice(&piece[..bytes]),
-            }
+fn checkpoint(connection: &mut Connection<UnixStream>) -> (u64, String) {
+    match connection.request() {
+        Some((id, Request::Checkpoint(request))) => {
+            assert!(request.vm.is_empty(), "a guest does not say which VM it is");
+            (id, request.idempotency_key)
         }
+        other => panic!("no checkpoint: {other:?}"),
     }
-
-    fn checkpoint(&mut self) -> (u64, String) {
-        match self.request() {
-            Some((id, Request::Checkpoint(request))) => {
-                assert!(request.vm.is_empty(), "a guest does not say which VM it is");
-                (id, request.idempotency_key)
-            }
-            other => panic!("no checkpoint: {other:?}"),
-        }
-    }
-
-    fn send(&mut self, bytes: &[u8]) {
-        self.stream.write_all(bytes).unwrap();
-    }
-
-    fn reply(&mut self, id: u64, reply: Reply) {
-        self.send(&encode(id, reply));
-    }
-}
-
-fn encode(request_id: u64, reply: Reply) -> BytesMut {
-    let body = ChannelReply { reply: Some(reply) }.encode_to_vec().into();
-    let mut bytes = BytesMut::new();
-    Frame { request_id, body }.encode(&mut bytes).unwrap();
-    bytes
 }
 
 fn taken(number: u64) -> CheckpointReply {
@@ -119,21 +77,21 @@ fn ask(client: Client) -> JoinHandle<Result<CheckpointReply, GuestError>> {
 fn a_request_is_sent_again_to_a_host_that_went_away() {
     let (host, listener) = Host::new();
     let asking = ask(host.client());
-    let mut first = Connection::accept(&listener);
-    let sent = first.checkpoint();
+    let mut first = accept(&listener);
+    let sent = checkpoint(&mut first);
     drop((first, listener));
     std::fs::remove_file(&host.path).unwrap();
     // It is away for a while, then there, but does not listen to the end.
     std::thread::sleep(Duration::from_millis(50));
     let listener = UnixListener::bind(&host.path).unwrap();
-    let mut second = Connection::accept(&listener);
-    assert_eq!(second.checkpoint(), sent, "the same request, the same key");
+    let mut second = accept(&listener);
+    assert_eq!(checkpoint(&mut second), sent, "the same request, the same key");
     // It dies in the middle of its answer.
     let answer = encode(sent.0, Reply::Checkpoint(taken(1)));
     second.send(&answer[..answer.len() - 3]);
     drop(second);
-    let mut third = Connection::accept(&listener);
-    assert_eq!(third.checkpoint(), sent);
+    let mut third = accept(&listener);
+    assert_eq!(checkpoint(&mut third), sent);
     third.reply(sent.0, Reply::Checkpoint(taken(2)));
     assert_eq!(asking.join().unwrap().unwrap(), taken(2));
     assert!(third.request().is_none(), "it asks for nothing else");
@@ -143,12 +101,12 @@ fn a_request_is_sent_again_to_a_host_that_went_away() {
 fn a_request_that_was_lost_without_notice_is_sent_again() {
     let (host, listener) = Host::new();
     let asking = ask(host.client());
-    let mut connection = Connection::accept(&listener);
-    let sent = connection.checkpoint();
+    let mut connection = accept(&listener);
+    let sent = checkpoint(&mut connection);
     // Nobody answers, nobody hangs up.
     let began = Instant::now();
-    assert_eq!(connection.checkpoint(), sent);
-    assert_eq!(connection.checkpoint(), sent);
+    assert_eq!(checkpoint(&mut connection), sent);
+    assert_eq!(checkpoint(&mut connection), sent);
     assert!(began.elapsed() > Duration::from_millis(500), "not all the time");
     connection.reply(sent.0, Reply::Checkpoint(taken(1)));
     assert_eq!(asking.join().unwrap().unwrap(), taken(1));
@@ -158,8 +116,8 @@ fn a_request_that_was_lost_without_notice_is_sent_again() {
 fn answers_to_others_and_noise_are_passed_over() {
     let (host, listener) = Host::new();
     let asking = ask(host.client());
-    let mut connection = Connection::accept(&listener);
-    let (id, _) = connection.checkpoint();
+    let mut connection = accept(&listener);
+    let (id, _) = checkpoint(&mut connection);
     connection.send(b"the end of an answer to a program that is no more BCKF\x01\0\0\0");
     connection.reply(id.wrapping_add(1), Reply::Checkpoint(taken(7)));
     let answer = encode(id, Reply::Checkpoint(taken(1)));
@@ -186,8 +144,8 @@ fn refusals_and_nonsense_have_their_exit_codes() {
         (Reply::Status(VmStatusReply::default()), 1, "was not asked for"),
     ] {
         let asking = ask(host.client());
-        let mut connection = Connection::accept(&listener);
-        let (id, _) = connection.checkpoint();
+        let mut connection = accept(&listener);
+        let (id, _) = checkpoint(&mut connection);
         connection.reply(id, reply);
         let error = asking.join().unwrap().unwrap_err();
         assert_eq!(error.exit_code(), exit_code, "{error}");
@@ -195,8 +153,8 @@ fn refusals_and_nonsense_have_their_exit_codes() {
     }
     for body in [&b"\xff\xff"[..], b""] {
         let asking = ask(host.client());
-        let mut connection = Connection::accept(&listener);
-        let (request_id, _) = connection.checkpoint();
+        let mut connection = accept(&listener);
+        let (request_id, _) = checkpoint(&mut connection);
         let mut bytes = BytesMut::new();
         Frame { request_id, body: body.to_vec().into() }.encode(&mut bytes).unwrap();
         connection.send(&bytes);
@@ -233,7 +191,7 @@ fn answer_waits(listener: UnixListener, replies: Vec<Reply>) -> JoinHandle<usize
     spawn(move || {
         let mut asked = 0;
         loop {
-            let mut connection = Connection::accept(&listener);
+            let mut connection = accept(&listener);
             let Some((id, Request::WaitStable(request))) = connection.request() else {
                 return asked;
             };
@@ -291,7 +249,7 @@ fn a_wait_that_runs_out_is_told_from_a_loss() {
     let (host, listener) = Host::new();
     let answering = spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
-            let mut connection = Connection { stream, buffer: BytesMut::new() };
+            let mut connection = Connection::new(stream);
             let Some((id, _)) = connection.request() else { continue };
             connection.reply(id, stable(SnapshotState::Pending, ""));
         }

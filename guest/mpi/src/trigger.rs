@@ -1,0 +1,240 @@
+//! When a wrapped call takes a checkpoint, and what is done then.
+//!
+//! All ranks must decide alike. The n-th call of a collective on MPI_COMM_WORLD is the same call on
+//! every rank, so a count needs no agreement. An interval and a signal do: one reduction at some of
+//! the calls, of which the next is agreed on in the same reduction, so that it costs little where
+//! calls come thick and acts soon where they are rare.
+
+use std::cell::Cell;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::failure::Failure;
+use crate::global::{agree, checkpoint};
+use crate::mpi::{Comm, Handle, Mpi};
+use crate::save::{self, Saver};
+use crate::settings::{FUNCTIONS, Settings};
+use crate::{complain, say, signal};
+
+/// How often ranks agree on whether it is time.
+const AGREE: Duration = Duration::from_millis(50);
+/// The most calls from one agreement to the next: calls may become rare at once.
+const CALLS_MAX: u32 = 64;
+
+static ACTIVE: Mutex<Option<Active>> = Mutex::new(None);
+thread_local! {
+    /// What saves the state may call MPI by itself.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// A job whose checkpoints are taken here.
+struct Active {
+    settings: &'static Settings,
+    /// A communicator of its own.
+    comm: Comm,
+    saver: Saver,
+    counts: [u64; FUNCTIONS.len()],
+    clock: Clock,
+    taken: u64,
+}
+
+/// After MPI_Init: reads what is to be done, and ends the job when it cannot be.
+pub(crate) fn begin() {
+    let Ok(mpi) = Mpi::get() else { return };
+    let Ok(world) = mpi.world() else { return };
+    match prepare(&world) {
+        Ok(None) => {}
+        Ok(Some(active)) => *ACTIVE.lock().unwrap_or_else(PoisonError::into_inner) = Some(active),
+        Err(failure) => {
+            // A job that believes itself safe is worse off than one that ends now.
+            if world.rank == 0 {
+                complain(&failure.text);
+            }
+            mpi.abort(2);
+        }
+    }
+}
+
+fn prepare(world: &Comm) -> Result<Option<Active>, Failure> {
+    let mine = (|| {
+        let settings = Settings::get()?;
+        if !settings.triggers(save::exported())? {
+            return Ok(None);
+        }
+        if let Some(wanted) = settings.signal {
+            signal::watch(wanted)?;
+        }
+        // What would fail at the first checkpoint is found out now.
+        settings.place.target()?;
+        std::fs::create_dir_all(dir(settings)?)
+            .map_err(|e| Failure::io("cannot make BLOBCR_MPI_DIR", &e))?;
+        Ok(Some((settings, Saver::find(settings)?)))
+    })();
+    // Even a rank that has nothing to do takes part: the others may have.
+    let Some((settings, saver)) = agree(world, mine)? else { return Ok(None) };
+    let comm = world.duplicate()?;
+    let clock = Clock::new(settings.interval);
+    let counts = [0; FUNCTIONS.len()];
+    Ok(Some(Active { settings, comm, saver, counts, clock, taken: 0 }))
+}
+
+fn dir(settings: &Settings) -> Result<&Path, Failure> {
+    settings.dir.as_deref().ok_or_else(|| Failure::usage("BLOBCR_MPI_DIR is not set"))
+}
+
+/// Before a wrapped call of one of [`FUNCTIONS`].
+pub(crate) fn before(function: usize, comm: Handle) {
+    if INSIDE.get() {
+        return;
+    }
+    let Ok(mut active) = ACTIVE.lock() else { return };
+    let Some(active) = active.as_mut() else { return };
+    if !Mpi::get().is_ok_and(|mpi| mpi.is_world(comm)) {
+        return;
+    }
+    INSIDE.set(true);
+    active.called(function);
+    INSIDE.set(false);
+}
+
+/// Before MPI_Finalize.
+pub(crate) fn end() {
+    let Some(active) = ACTIVE.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+    if active.taken == 0 && active.comm.rank == 0 {
+        let calls: Vec<_> =
+            FUNCTIONS.iter().zip(active.counts).map(|(f, n)| format!("{f} {n}")).collect();
+        complain(&format!(
+            "no checkpoint was taken of this job; its calls on MPI_COMM_WORLD: {}",
+            calls.join(", ")
+        ));
+    }
+}
+
+impl Active {
+    fn called(&mut self, function: usize) {
+        self.counts[function] += 1;
+        let by_count = self.settings.every.is_some_and(|every| {
+            every.function == function && self.counts[function].is_multiple_of(every.calls)
+        });
+        let asks = self.settings.interval.is_some() || self.settings.signal.is_some();
+        let outcome = match asks && self.clock.is_agreed_now() {
+            true => self.agree_on_time(),
+            false => Ok(false),
+        };
+        match outcome {
+            Ok(by_time) if by_count || by_time => self.take(),
+            Ok(_) => {}
+            Err(failure) => complain(&failure.text),
+        }
+    }
+
+    fn agree_on_time(&mut self) -> Result<bool, Failure> {
+        let signalled = self.settings.signal.is_some_and(signal::received);
+        let leads = self.comm.rank == 0;
+        let wanted = signalled || leads && self.clock.is_time();
+        let next = if leads { self.clock.next_agreement() } else { 0 };
+        let [wanted, next] = self.comm.max([wanted.into(), next as i32])?;
+        self.clock.agreed(next as u32);
+        Ok(wanted != 0)
+    }
+
+    fn take(&mut self) {
+        let began = Instant::now();
+        if let Some(signal) = self.settings.signal {
+            signal::forget(signal);
+        }
+        let written = dir(self.settings).and_then(|dir| self.saver.save(&self.comm, dir));
+        let outcome = checkpoint(&self.comm, Ok(self.settings), written);
+        self.clock.taken();
+        let seconds = began.elapsed().as_secs_f64();
+        match outcome {
+            Ok(set) => {
+                self.taken += 1;
+                if self.comm.rank == 0 {
+                    say(self.settings, || format!("took the set {set} in {seconds:.3} s"));
+                }
+            }
+            // The job itself is well: it goes on, and the next one may be taken.
+            Err(failure) if self.comm.rank == 0 => {
+                complain(&format!("no checkpoint could be taken: {}", failure.text));
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+/// When it is time, and when ranks agree on that.
+pub(crate) struct Clock {
+    interval: Option<Duration>,
+    last_taken: Instant,
+    last_agreed: Instant,
+    /// Calls from one agreement to the next.
+    calls: u32,
+    left: u32,
+}
+
+impl Clock {
+    pub(crate) fn new(interval: Option<Duration>) -> Self {
+        let now = Instant::now();
+        Self { interval, last_taken: now, last_agreed: now, calls: 1, left: 1 }
+    }
+
+    pub(crate) fn is_time(&self) -> bool {
+        self.interval.is_some_and(|interval| self.last_taken.elapsed() >= interval)
+    }
+
+    pub(crate) fn taken(&mut self) {
+        self.last_taken = Instant::now();
+    }
+
+    fn is_agreed_now(&mut self) -> bool {
+        self.left -= 1;
+        self.left == 0
+    }
+
+    /// In how many calls to agree again, by how quickly the last ones came.
+    fn next_agreement(&self) -> u32 {
+        let spent = self.last_agreed.elapsed().as_secs_f64().max(1e-9);
+        let fitting = f64::from(self.calls) * AGREE.as_secs_f64() / spent;
+        // Doubled at most: one quick call says little about the next.
+        (fitting as u32).clamp(1, self.calls * 2).min(CALLS_MAX)
+    }
+
+    fn agreed(&mut self, next: u32) {
+        self.last_agreed = Instant::now();
+        self.calls = next.max(1);
+        self.left = self.calls;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agreements_become_rare_where_calls_come_thick() {
+        let mut clock = Clock::new(None);
+        assert!(!clock.is_time());
+        for expected in [2, 4, 8, 16, 32, 64, 64] {
+            for left in (0..clock.calls).rev() {
+                assert_eq!(clock.is_agreed_now(), left == 0);
+            }
+            let next = clock.next_agreement();
+            assert_eq!(next, expected);
+            clock.agreed(next);
+        }
+        clock.last_agreed = Instant::now() - Duration::from_secs(10);
+        assert_eq!(clock.next_agreement(), 1, "calls have become slow");
+    }
+
+    #[test]
+    fn it_is_time_after_the_interval() {
+        let mut clock = Clock::new(Some(Duration::from_secs(5)));
+        assert!(!clock.is_time());
+        clock.last_taken = Instant::now() - Duration::from_secs(6);
+        assert!(clock.is_time());
+        clock.taken();
+        assert!(!clock.is_time());
+    }
+}
