@@ -5,9 +5,9 @@ use std::time::Duration;
 use blobcr_proto::v1;
 use blobcr_repository::{CatalogError, Repository};
 
-/// From one look at the groups to the next. Jobs checkpoint every few minutes; a set too many for
-/// a minute costs little.
-pub(crate) const RETIRE_EVERY: Duration = Duration::from_secs(60);
+/// From one look at the groups to the next: jobs checkpoint every few minutes, and a look is one
+/// call where there is nothing to do.
+pub(crate) const RETIRE_EVERY: Duration = Duration::from_secs(15);
 /// Groups in one answer.
 const PAGE: u32 = 500;
 
