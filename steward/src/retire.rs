@@ -29,7 +29,7 @@ pub async fn retire(repository: &Repository) -> Result<Retired, CatalogError> {
     let mut done = Retired::default();
     let mut after = String::new();
     loop {
-        let request = v1::ListGroupsRequest { after, limit: PAGE };
+        let request = v1::ListGroupsRequest { after: after.clone(), limit: PAGE };
         let page = catalog.list_groups(request).await?;
         for group in page.groups.iter().filter(|group| group.keep_sets > 0) {
             loop {
