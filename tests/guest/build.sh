@@ -5,13 +5,15 @@
 #   tests/guest/build.sh OUT          writes OUT/vmlinuz, OUT/initrd.img and OUT/disk.raw
 #
 # Nothing is done again when nothing changed. Needs no root, only what tests/setup.sh installs.
-#   BLOBCR_GUEST_MIB   size of the root disk in MiB (128)
+#   BLOBCR_GUEST_MIB    size of the root disk in MiB (128)
+#   BLOBCR_GUEST_EXTRA  a directory whose contents are copied into the root
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 out=${1:?usage: build.sh OUT}
 mib=${BLOBCR_GUEST_MIB:-128}
+extra=${BLOBCR_GUEST_EXTRA:-}
 target=${CARGO_TARGET_DIR:-$root/target}
 cache=$target/guest-kernel
 modules="virtio_pci virtio_blk virtio_console virtio_net virtio-rng"
@@ -62,7 +64,9 @@ for program in blobcr-guest blobcr-guest-worker; do
 done
 
 stamp=$( { echo "$version $mib"; cat "$0" "$here"/init.* "$(command -v busybox)" \
-    "$target"/guest/blobcr-guest "$target"/guest/blobcr-guest-worker; } | sha256sum)
+    "$target"/guest/blobcr-guest "$target"/guest/blobcr-guest-worker
+    [ -z "$extra" ] || (cd "$extra" && find . -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum); } |
+    sha256sum)
 if [ "$(cat "$out/stamp" 2>/dev/null)" = "$stamp" ] && [ -f "$out/disk.raw" ]; then
     say "$out is up to date"
     exit 0
@@ -103,6 +107,7 @@ for applet in $(busybox --list); do
 done
 install -m 755 "$target/guest/blobcr-guest" "$target/guest/blobcr-guest-worker" "$tree/bin/"
 install -m 755 "$here/init.root" "$tree/sbin/init"
+[ -z "$extra" ] || cp -a "$extra/." "$tree/"
 rm -f "$out/disk.raw"
 truncate -s "${mib}M" "$out/disk.raw"
 mke2fs -q -F -t ext4 -L blobcr-guest -E root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0 \

@@ -46,11 +46,28 @@ impl GuestImage {
             .map_err(|e| anyhow!("{e}"))
     }
 
+    /// The same with MPICH, the MPI hook and the example job, and the job itself for this machine.
+    ///
+    /// # Errors
+    /// When it cannot be built; the message has what the script said.
+    pub fn with_mpi() -> Result<(Self, PathBuf)> {
+        static BUILT: OnceLock<Result<GuestImage, String>> = OnceLock::new();
+        let dir = target_dir().join("guest-mpi");
+        let image = BUILT
+            .get_or_init(|| Self::built("tests/guest/mpi.sh", &dir).map_err(|e| format!("{e:#}")))
+            .clone()
+            .map_err(|e| anyhow!("{e}"))?;
+        Ok((image, dir.join("host/heat")))
+    }
+
     fn build() -> Result<Self> {
-        let script = repository_root().join("tests/guest/build.sh");
-        let dir = target_dir().join("guest-image");
+        Self::built("tests/guest/build.sh", &target_dir().join("guest-image"))
+    }
+
+    fn built(script: &str, dir: &Path) -> Result<Self> {
+        let script = repository_root().join(script);
         let output = Command::new(&script)
-            .arg(&dir)
+            .arg(dir)
             .env("CARGO_TARGET_DIR", target_dir())
             .output()
             .with_context(|| format!("cannot run {}", script.display()))?;

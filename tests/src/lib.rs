@@ -8,6 +8,7 @@
 //! | [`etcd`] | an etcd of one or several members |
 //! | [`integrity`] | what holds for every byte: random operations, and testers by others |
 //! | [`guest_image`] | the smallest real guest, built from Debian's packages |
+//! | [`job`] | an MPI job on two VMs, which loses one of them |
 //! | [`mounted`] | an attached disk: its file and its ioctls |
 //! | [`network`] | where processes live: loopback, or a network namespace each |
 //! | [`node_soak`] | nodes that die under load, for as long as one likes |
@@ -22,6 +23,7 @@ pub mod disk_file;
 pub mod etcd;
 pub mod guest_image;
 pub mod integrity;
+pub mod job;
 pub mod mounted;
 pub mod network;
 pub mod node_soak;

@@ -13,6 +13,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::guest_image::GuestImage;
@@ -60,6 +61,15 @@ pub enum Boot {
     Firmware,
 }
 
+/// One end of a network of two VMs: a Unix socket between their hypervisors.
+#[derive(Clone, Debug)]
+pub struct Link {
+    /// The socket.
+    pub socket: PathBuf,
+    /// Whether this end makes it; the other one connects, and again when it is made anew.
+    pub listens: bool,
+}
+
 /// What a VM is made of.
 #[derive(Clone, Debug)]
 pub struct VmSpec {
@@ -71,6 +81,8 @@ pub struct VmSpec {
     pub aio: Aio,
     /// The Unix socket that its checkpoint port is connected to, and again when that went away.
     pub channel: Option<PathBuf>,
+    /// The network that it shares with another VM.
+    pub link: Option<Link>,
     /// The shell command that the guest runs before it halts.
     pub run: String,
     /// MiB of memory.
@@ -97,6 +109,7 @@ impl VmSpec {
             disks: vec![disk.into()],
             aio,
             channel: None,
+            link: None,
             run: String::new(),
             memory_mib: 256,
             cpus: 1,
@@ -149,6 +162,16 @@ impl VmSpec {
                 .args(["-device", "virtio-serial-pci", "-chardev"])
                 .arg(format!("socket,id=ckpt,path={},reconnect-ms=100", option_path(channel)?))
                 .args(["-device", "virtserialport,chardev=ckpt,name=org.blobcr.checkpoint.0"]);
+        }
+        if let Some(Link { socket, listens }) = &self.link {
+            let socket = option_path(socket)?;
+            let (role, number) =
+                if *listens { ("server=on", 1) } else { ("server=off,reconnect-ms=100", 2) };
+            command
+                .arg("-netdev")
+                .arg(format!("stream,id=job,addr.type=unix,addr.path={socket},{role}"))
+                .arg("-device")
+                .arg(format!("virtio-net-pci,netdev=job,mac=52:54:00:b1:0b:{number:02x}"));
         }
         if let Some(uid) = self.uid {
             use std::os::unix::process::CommandExt;
@@ -281,6 +304,17 @@ impl Vm {
             Some(status) if status.success() => Ok(()),
             status => Err(self.explain(&format!("QEMU failed: {status:?}"))),
         }
+    }
+
+    /// Stops the VM's process where it is, or lets it go on.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn hold(&mut self, hold: bool) -> Result<()> {
+        ensure!(!self.has_ended()?, "the VM has ended");
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let signal = if hold { Signal::STOP } else { Signal::CONT };
+        Ok(rustix::process::kill_process(pid, signal)?)
     }
 
     /// Kills the VM the way a power cut does: SIGKILL, nothing is flushed.
