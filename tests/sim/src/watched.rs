@@ -24,6 +24,7 @@ impl RecordStore for Watched {
         request: Request<v1::PutRequest>,
     ) -> Result<Response<v1::PutResponse>, Status> {
         let asked = request.get_ref().clone();
+        self.oracle.asked(&asked);
         let done = self.service.put(request).await?;
         self.oracle.put(self.node, &asked);
         Ok(done)

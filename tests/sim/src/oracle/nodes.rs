@@ -55,17 +55,26 @@ impl NodeFacts {
 }
 
 impl Oracle {
+    /// A node was asked to put. Which bytes a tree node has is known from then on: a put whose answer
+    /// is lost may have stored it all the same, and a touch that finds it there is as good.
+    pub fn asked(&self, request: &v1::PutRequest) {
+        let mut state = self.state();
+        for record in &request.records {
+            let kind = record.r#ref.as_ref().map(v1::RecordRef::kind);
+            if kind == Some(RecordKind::TreeNode)
+                && let Ok((key, plain)) = open(record)
+            {
+                state.tree_nodes.insert(key.id, plain);
+            }
+        }
+    }
+
     /// A node has acknowledged a put.
     pub fn put(&self, node: usize, request: &v1::PutRequest) {
         let mut state = self.state();
         for record in &request.records {
             let Some(wire) = &record.r#ref else { continue };
             let Some(key) = key(request.pool, wire) else { continue };
-            if key.1.kind == RecordKind::TreeNode
-                && let Ok((_, plain)) = open(record)
-            {
-                state.tree_nodes.insert(key.1.id, plain);
-            }
             self.trace.about(
                 &key.1.id,
                 format_args!("node-{node} has shard {}, {}", key.1.shard, request.generation),

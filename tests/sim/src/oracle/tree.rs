@@ -1,4 +1,4 @@
-//! Trees as the oracle knows them: from what nodes acknowledged.
+//! Trees as the oracle knows them: from what nodes were asked to put.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -31,7 +31,7 @@ impl NodeSource for Known<'_> {
     }
 }
 
-/// What a root reaches; an error when a tree node was never acknowledged by any node.
+/// What a root reaches; an error when no node was ever asked to put one of its tree nodes.
 pub(super) fn reach(
     nodes: &HashMap<Hash, Bytes>,
     root: &v1::TreeRoot,
