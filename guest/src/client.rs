@@ -161,11 +161,8 @@ impl Client {
         expected_vms: u32,
         deadline: Deadline,
     ) -> Result<VmSet, GuestError> {
-        let request = BeginVmSetRequest {
-            vm: String::new(),
-            group: group.to_owned(),
-            expected_vms,
-        };
+        let request =
+            BeginVmSetRequest { vm: String::new(), group: group.to_owned(), expected_vms };
         match self.call(Request::BeginSet(request), deadline)? {
             Reply::BeginSet(set) => Ok(set),
             other => Err(unexpected(&other)),
@@ -227,11 +224,7 @@ fn answer(body: bytes::Bytes) -> Result<Reply, GuestError> {
 }
 
 /// Sends the frame until its answer comes.
-fn exchange(
-    link: &mut Link,
-    frame: &Sent,
-    deadline: Deadline,
-) -> Result<bytes::Bytes, GuestError> {
+fn exchange(link: &mut Link, frame: &Sent, deadline: Deadline) -> Result<bytes::Bytes, GuestError> {
     let mut resend = RESEND_FIRST;
     // Kept over a resend: an answer may have begun to arrive.
     let mut buffer = BytesMut::new();

@@ -98,7 +98,10 @@ fn open_port(path: &Path, deadline: Deadline) -> Result<OwnedFd, GuestError> {
 }
 
 enum Way {
-    Port { fd: OwnedFd, _lock: File },
+    Port {
+        fd: OwnedFd,
+        _lock: File,
+    },
     Socket(Option<UnixStream>),
     Tcp {
         address: SocketAddr,

@@ -245,11 +245,8 @@ mod tests {
     fn a_disk_without_a_checkpoint_has_none() {
         let disk =
             Disk { name: "d0".into(), image: "debian".into(), snapshot: 1, ..Disk::default() };
-        let status = VmStatusReply {
-            vm: "web".into(),
-            disks: vec![disk],
-            groups: vec!["mpi".into()],
-        };
+        let status =
+            VmStatusReply { vm: "web".into(), disks: vec![disk], groups: vec!["mpi".into()] };
         assert_eq!(status_json(&status)["disks"][0]["checkpoint_image"], Value::Null);
         assert!(status_lines(&status)[0].contains("checkpoint_image=- "));
         assert_eq!(status_json(&status)["groups"], json!(["mpi"]));

@@ -51,8 +51,7 @@ fn taken() -> CheckpointReply {
 #[test]
 fn each_connection_begins_with_who_it_is_and_goes_on_with_the_same_request() {
     let (listener, address) = listen();
-    let asking =
-        spawn(move || with_token(address).checkpoint(&Ask::new(), Deadline::after(SOON)));
+    let asking = spawn(move || with_token(address).checkpoint(&Ask::new(), Deadline::after(SOON)));
     let mut first = accept(&listener);
     greet(&mut first);
     let sent = key(&mut first);

@@ -40,8 +40,11 @@ fn structures_are_those_of_the_header() {
         writeln!(program, "printf(\"{name} %zu\\n\", sizeof(struct {name}));").unwrap();
         writeln!(expected, "{name} {size}").unwrap();
         for (field, offset) in fields {
-            writeln!(program, "printf(\"{name}.{field} %zu\\n\", offsetof(struct {name}, {field}));")
-                .unwrap();
+            writeln!(
+                program,
+                "printf(\"{name}.{field} %zu\\n\", offsetof(struct {name}, {field}));"
+            )
+            .unwrap();
             writeln!(expected, "{name}.{field} {offset}").unwrap();
         }
     }

@@ -19,9 +19,7 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 pub(crate) fn machine(settings: &Settings) -> Result<u64, Failure> {
     let id = match &settings.vm_id {
         Some(id) => id.clone(),
-        None => {
-            fs::read_to_string(Path::new(BOOT_ID)).map_err(|e| Failure::io(BOOT_ID, &e))?
-        }
+        None => fs::read_to_string(Path::new(BOOT_ID)).map_err(|e| Failure::io(BOOT_ID, &e))?,
     };
     Ok(Hash::of(id.trim().as_bytes()).prefix())
 }

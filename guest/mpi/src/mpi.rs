@@ -14,7 +14,8 @@ const VERSION_BYTES: usize = 16 << 10;
 
 pub(crate) type Handle = usize;
 
-type Collective = unsafe extern "C" fn(*const c_void, *mut c_void, c_int, Handle, Handle, Handle) -> c_int;
+type Collective =
+    unsafe extern "C" fn(*const c_void, *mut c_void, c_int, Handle, Handle, Handle) -> c_int;
 type Gathering =
     unsafe extern "C" fn(*const c_void, c_int, Handle, *mut c_void, c_int, Handle, Handle) -> c_int;
 
@@ -182,8 +183,7 @@ impl Comm {
         let (count, byte) = (mine.len() as c_int, self.mpi.byte);
         let (from, to) = (mine.as_ptr().cast(), all.as_mut_ptr().cast());
         // SAFETY: both buffers outlive the call, and there is room for one number of each process.
-        let rc =
-            unsafe { (self.mpi.allgather)(from, count, byte, to, count, byte, self.handle) };
+        let rc = unsafe { (self.mpi.allgather)(from, count, byte, to, count, byte, self.handle) };
         check("MPI_Allgather", rc)?;
         Ok(all)
     }
@@ -202,9 +202,8 @@ impl Comm {
         let mut all = [0; N];
         let (from, to) = (mine.as_ptr().cast(), all.as_mut_ptr().cast());
         // SAFETY: both buffers hold N ints and outlive the call.
-        let rc = unsafe {
-            (self.mpi.allreduce)(from, to, N as c_int, self.mpi.int, op, self.handle)
-        };
+        let rc =
+            unsafe { (self.mpi.allreduce)(from, to, N as c_int, self.mpi.int, op, self.handle) };
         check("MPI_Allreduce", rc)?;
         Ok(all)
     }

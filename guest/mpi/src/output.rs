@@ -163,7 +163,9 @@ fn publish(dir: &Path, open: &Open) -> Result<(), Failure> {
     let to = dir.join(base(open.number, &open.name));
     sync(&open.dir).or_else(|failure| if to.exists() { Ok(()) } else { Err(failure) })?;
     match fs::rename(&open.dir, &to) {
-        Err(error) if !to.exists() => return Err(Failure::io("cannot complete the output", &error)),
+        Err(error) if !to.exists() => {
+            return Err(Failure::io("cannot complete the output", &error));
+        }
         _ => {}
     }
     sync(dir)
@@ -289,7 +291,8 @@ mod tests {
     #[test]
     fn outputs_are_listed_by_number_and_old_ones_removed() {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["00000003.c", "00000001.a", "00000002.b.x", "00000004.d.partial", "other", "x.y"]
+        for name in
+            ["00000003.c", "00000001.a", "00000002.b.x", "00000004.d.partial", "other", "x.y"]
         {
             fs::create_dir(dir.path().join(name)).unwrap();
         }

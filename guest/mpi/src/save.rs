@@ -61,9 +61,7 @@ impl Saver {
                     .map_err(|e| Failure::io("cannot run BLOBCR_MPI_SAVE", &e))?;
                 match status.success() {
                     true => Ok(()),
-                    false => {
-                        Err(Failure::new(libc::EIO, format!("BLOBCR_MPI_SAVE: {status}")))
-                    }
+                    false => Err(Failure::new(libc::EIO, format!("BLOBCR_MPI_SAVE: {status}"))),
                 }
             }
         }

@@ -85,8 +85,8 @@ impl Settings {
             known(vars_os().map(|(name, _)| name.to_string_lossy().into_owned()))?;
             Self::read(|name| var(name).ok().filter(|v| !v.is_empty()))
         })
-            .as_ref()
-            .map_err(Clone::clone)
+        .as_ref()
+        .map_err(Clone::clone)
     }
 
     fn read(get: impl Fn(&str) -> Option<String>) -> Result<Self, Failure> {

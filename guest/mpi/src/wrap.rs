@@ -24,12 +24,9 @@ fn own(found: &OnceLock<usize>, name: &CStr) -> usize {
 
 macro_rules! wrapped {
     ($name:ident = $own:literal, $before:expr, $after:expr, ($($arg:ident: $type:ty),*)) => {
-        /// As the MPI standard has it.
-        ///
-        /// # Safety
-        /// As the MPI standard has it.
         #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name($($arg: $type),*) -> c_int {
+        #[expect(non_snake_case, reason = "the MPI standard names it")]
+        pub(crate) unsafe extern "C" fn $name($($arg: $type),*) -> c_int {
             static OWN: OnceLock<usize> = OnceLock::new();
             let own = own(&OWN, $own);
             // Nothing unwinds into C; what went wrong there is not the program's.

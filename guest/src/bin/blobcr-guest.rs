@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use blobcr_guest::report::{self, Spent};
 use blobcr_guest::freeze::{self, Scope};
+use blobcr_guest::report::{self, Spent};
 use blobcr_guest::{Ask, Client, Deadline, GuestError, PORT_NAME, Place, Target, flush};
 use blobcr_proto::v1::{CheckpointReply, SetMembership};
 use clap::{Args, Parser, Subcommand};
