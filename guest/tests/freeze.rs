@@ -2,6 +2,7 @@
 //! mounts of its own.
 
 #![expect(clippy::unwrap_used, reason = "a failure in a test is a failed test")]
+#![expect(clippy::print_stdout, reason = "what is left out must be said")]
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -55,7 +56,7 @@ impl Drop for Ext4 {
             // SAFETY: as above. A test that failed leaves nothing frozen behind.
             unsafe { libc::ioctl(file.as_raw_fd(), FITHAW, 0) };
         }
-        drop(Command::new("umount").arg(&self.mount).status());
+        drop(Command::new("umount").arg("-l").arg(&self.mount).status());
     }
 }
 

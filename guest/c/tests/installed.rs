@@ -41,14 +41,17 @@ int main(int argc, char **argv)
     options.group = set.group;
     options.sequence = set.sequence;
     options.key = "key-1";
-    printf("checkpoint %d\n", blobcr_checkpoint(&options, &taken));
+    rc = blobcr_checkpoint(&options, &taken);
+    printf("checkpoint %d\n", rc);
     printf("%s: %u of %s, %s, state %u, dirty %llu\n", taken.vm, taken.count,
            taken.snapshots[0].disk, taken.snapshots[0].image, taken.snapshots[0].state,
            (unsigned long long)taken.snapshots[0].dirty_bytes);
-    printf("wait %d, state %u\n", blobcr_wait(&options, &taken), taken.snapshots[0].state);
-    printf("set %d, state %u, joined %u\n", blobcr_set_status(&options, &set), set.state,
-           set.joined_vms);
-    printf("status %d, %s, group %s\n", blobcr_status(&options, &vm), vm.vm, vm.group);
+    rc = blobcr_wait(&options, &taken);
+    printf("wait %d, state %u\n", rc, taken.snapshots[0].state);
+    rc = blobcr_set_status(&options, &set);
+    printf("set %d, state %u, joined %u\n", rc, set.state, set.joined_vms);
+    rc = blobcr_status(&options, &vm);
+    printf("status %d, %s, group %s\n", rc, vm.vm, vm.group);
     vm.size--;
     rc = blobcr_status(&options, &vm);
     printf("%d %s\n", rc, blobcr_last_error());

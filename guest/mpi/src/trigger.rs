@@ -141,12 +141,13 @@ impl Active {
 
     fn take(&mut self) {
         let began = Instant::now();
-        if let Some(signal) = self.settings.signal {
-            signal::forget(signal);
-        }
         let written = dir(self.settings).and_then(|dir| self.saver.save(&self.comm, dir));
         let outcome = checkpoint(&self.comm, Ok(self.settings), written);
         self.clock.taken();
+        if let Some(signal) = self.settings.signal {
+            // A signal for the whole job comes to the ranks one after the other: this was for all.
+            signal::forget(signal);
+        }
         let seconds = began.elapsed().as_secs_f64();
         match outcome {
             Ok(set) => {
@@ -189,7 +190,8 @@ impl Clock {
     }
 
     fn is_agreed_now(&mut self) -> bool {
-        self.left -= 1;
+        // It stays at none when the last agreement failed.
+        self.left = self.left.saturating_sub(1);
         self.left == 0
     }
 

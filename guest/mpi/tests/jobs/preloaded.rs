@@ -1,14 +1,10 @@
 //! Global checkpoints of a program that calls nothing of blobcr: the library is preloaded.
 
-#![expect(clippy::unwrap_used, reason = "a failure in a test is a failed test")]
-
-mod job;
-
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use job::{Job, Mpi, hash, text, until};
+use crate::job::{Job, Mpi, hash, text, until};
 
 const PLAIN: &[&str] = &["-DPLAIN", "-rdynamic"];
 /// Nothing of it can be found from outside: it exports no function that saves its state.
@@ -97,7 +93,7 @@ fn a_signal_takes_one_by_a_library() {
         assert_eq!(job.begun(), [0, 0], "nobody asked for it yet");
         // Both launchers hand it on to the ranks.
         send(&child, libc::SIGUSR1);
-        until("the set", || job.joined().iter().all(|sets| sets == &[1]));
+        until("the set", || job.joined().iter().all(|sets| !sets.is_empty()));
         terminate(&mut child);
         job.end(child);
         for rank in 0..4 {

@@ -1,14 +1,10 @@
 //! Global checkpoints that a program asks for, under MPICH and Open MPI.
 
-#![expect(clippy::unwrap_used, reason = "a failure in a test is a failed test")]
-
-mod job;
-
 use std::fs;
 
+use crate::job::{Job, Mpi, hash};
 use blobcr_guest_fake_host::refusal;
 use blobcr_proto::v1::channel_request::Request;
-use job::{Job, Mpi, hash};
 
 const LIBRARY: &[&str] = &["-lblobcr_mpi"];
 const HEAT: &str = "examples/heat.c";
@@ -138,8 +134,8 @@ fn a_program_for_scr_goes_on_from_its_newest_complete_output() {
         let (printed, _) = job.run(&program, &["4"]);
         assert_eq!(printed, "restarted step-3\nstep-4 set 4\nstable 0\n");
         // One that a rank cannot read is passed over for the one before.
-        let newest = fs::read_dir(job.disk(1)).unwrap().map(|e| e.unwrap().path());
-        let newest = newest.filter(|p| p.to_string_lossy().ends_with("step-4")).next().unwrap();
+        let mut found = fs::read_dir(job.disk(1)).unwrap().map(|e| e.unwrap().path());
+        let newest = found.find(|p| p.to_string_lossy().ends_with("step-4")).unwrap();
         fs::remove_file(newest.join("rank-3")).unwrap();
         fs::write(&exit, b"").unwrap();
         let (printed, _) = job.run(&program, &["9"]);
