@@ -42,7 +42,8 @@ fn is_frozen(mount: &Path) -> bool {
     // SAFETY: the requests take an int that they do not use.
     unsafe {
         if libc::ioctl(file.as_raw_fd(), FIFREEZE, 0) == 0 {
-            assert_eq!(libc::ioctl(file.as_raw_fd(), FITHAW, 0), 0);
+            // The process that thaws may have been quicker.
+            libc::ioctl(file.as_raw_fd(), FITHAW, 0);
             return false;
         }
     }

@@ -21,7 +21,7 @@ type Allgather =
 type Bcast = unsafe extern "C" fn(*mut c_void, c_int, Handle, c_int, Handle) -> c_int;
 type OfComm = unsafe extern "C" fn(Handle, *mut c_int) -> c_int;
 type Dup = unsafe extern "C" fn(Handle, *mut Handle) -> c_int;
-type Abort = unsafe extern "C" fn(Handle, c_int) -> c_int;
+type Finalize = unsafe extern "C" fn() -> c_int;
 type Initialized = unsafe extern "C" fn(*mut c_int) -> c_int;
 type Version = unsafe extern "C" fn(*mut c_char, *mut c_int) -> c_int;
 
@@ -39,7 +39,7 @@ pub(crate) struct Mpi {
     rank: OfComm,
     size: OfComm,
     dup: Dup,
-    abort: Abort,
+    finalize: Finalize,
     initialized: Initialized,
 }
 
@@ -102,7 +102,7 @@ impl Mpi {
             rank: function!(c"PMPI_Comm_rank" as OfComm),
             size: function!(c"PMPI_Comm_size" as OfComm),
             dup: function!(c"PMPI_Comm_dup" as Dup),
-            abort: function!(c"PMPI_Abort" as Abort),
+            finalize: function!(c"PMPI_Finalize" as Finalize),
             initialized: function!(c"PMPI_Initialized" as Initialized),
         })
     }
@@ -116,15 +116,24 @@ impl Mpi {
         }
     }
 
+    /// Whether the number is Fortran's of MPI_COMM_WORLD.
+    pub(crate) fn is_fortran_world(&self, comm: c_int) -> bool {
+        match self.ints {
+            true => comm as u32 == self.world as u32,
+            false => comm == 0,
+        }
+    }
+
     /// All processes of the job, by the program's own communicator.
     pub(crate) fn world(&'static self) -> Result<Comm, Failure> {
         Comm::of(self, self.world)
     }
 
-    /// Ends the job.
-    pub(crate) fn abort(&self, code: c_int) -> ! {
-        // SAFETY: MPI runs.
-        unsafe { (self.abort)(self.world, code) };
+    /// Ends the job, by all of its ranks. Not by MPI_Abort: then launchers throw away what ranks
+    /// have just said.
+    pub(crate) fn end(&self, code: c_int) -> ! {
+        // SAFETY: MPI runs, and nothing calls it after this.
+        unsafe { (self.finalize)() };
         std::process::exit(code)
     }
 }

@@ -6,7 +6,9 @@
 //! calls come thick and acts soon where they are rare.
 
 use std::cell::Cell;
+use std::ffi::c_int;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +25,8 @@ const AGREE: Duration = Duration::from_millis(50);
 const CALLS_MAX: u32 = 64;
 
 static ACTIVE: Mutex<Option<Active>> = Mutex::new(None);
+/// MPI_Init of Fortran may call that of C.
+static BEGUN: AtomicBool = AtomicBool::new(false);
 thread_local! {
     /// What saves the state may call MPI by itself.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
@@ -41,6 +45,9 @@ struct Active {
 
 /// After MPI_Init: reads what is to be done, and ends the job when it cannot be.
 pub(crate) fn begin() {
+    if BEGUN.swap(true, Ordering::Relaxed) {
+        return;
+    }
     let Ok(mpi) = Mpi::get() else { return };
     let Ok(world) = mpi.world() else { return };
     match prepare(&world) {
@@ -51,7 +58,7 @@ pub(crate) fn begin() {
             if world.rank == 0 {
                 complain(&failure.text);
             }
-            mpi.abort(2);
+            mpi.end(2);
         }
     }
 }
@@ -85,17 +92,30 @@ fn dir(settings: &Settings) -> Result<&Path, Failure> {
 
 /// Before a wrapped call of one of [`FUNCTIONS`].
 pub(crate) fn before(function: usize, comm: Handle) {
+    before_if(function, |mpi| mpi.is_world(comm));
+}
+
+/// The same, with Fortran's number of a communicator.
+pub(crate) fn before_fortran(function: usize, comm: c_int) {
+    before_if(function, |mpi| mpi.is_fortran_world(comm));
+}
+
+fn before_if(function: usize, is_world: impl FnOnce(&Mpi) -> bool) {
     if INSIDE.get() {
         return;
     }
     let Ok(mut active) = ACTIVE.lock() else { return };
     let Some(active) = active.as_mut() else { return };
-    if !Mpi::get().is_ok_and(|mpi| mpi.is_world(comm)) {
-        return;
+    if Mpi::get().is_ok_and(is_world) {
+        inside(|| active.called(function));
     }
-    INSIDE.set(true);
-    active.called(function);
-    INSIDE.set(false);
+}
+
+/// Does something whose own calls of MPI take no checkpoints.
+pub(crate) fn inside(work: impl FnOnce()) {
+    let was = INSIDE.replace(true);
+    work();
+    INSIDE.set(was);
 }
 
 /// Before MPI_Finalize.

@@ -10,7 +10,7 @@ use crate::mpi::{Handle, symbol};
 use crate::{complain, trigger};
 
 /// The MPI library's own function of that name.
-fn own(found: &OnceLock<usize>, name: &CStr) -> usize {
+pub(crate) fn own(found: &OnceLock<usize>, name: &CStr) -> usize {
     *found.get_or_init(|| match symbol(name) {
         Some(at) => at as usize,
         None => {

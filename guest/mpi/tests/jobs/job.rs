@@ -116,20 +116,17 @@ impl Job {
     }
 
     pub(crate) fn compile(&self, from: &str, flags: &[&str]) -> PathBuf {
+        let mut all = vec!["-std=c99", "-O2", "-Wall", "-Wextra", "-Werror"];
+        all.extend(flags);
+        self.compile_by("mpicc", from, &all)
+    }
+
+    pub(crate) fn compile_by(&self, compiler: &str, from: &str, flags: &[&str]) -> PathBuf {
         let program = self.path("program");
-        let output = self
-            .mpi
-            .tool("mpicc")
-            .args(["-std=c99", "-O2", "-Wall", "-Wextra", "-Werror", "-I"])
-            .arg(source("include"))
-            .arg(source(from))
-            .arg("-o")
-            .arg(&program)
-            .arg("-L")
-            .arg(self.path("lib"))
-            .args(flags)
-            .output()
-            .unwrap();
+        let mut command = self.mpi.tool(compiler);
+        command.arg("-I").arg(source("include"));
+        command.arg(source(from)).arg("-o").arg(&program).arg("-L").arg(self.path("lib"));
+        let output = command.args(flags).output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
         program
     }

@@ -44,6 +44,20 @@ fn every_nth_call_takes_one_and_the_states_resume() {
 }
 
 #[test]
+fn calls_of_fortran_count_once_each() {
+    for mpi in Mpi::BOTH {
+        let mut job = Job::new(mpi);
+        let steps = job.compile_by("mpif90", "mpi/tests/steps.f90", &[]);
+        job.preload();
+        job.set("BLOBCR_MPI_EVERY", "MPI_Allreduce:5");
+        job.set("BLOBCR_MPI_SAVE", "true");
+        let (_, said) = job.run(&steps, &[]);
+        job.has_complete_sets(4);
+        assert!(!said.contains("blobcr_mpi:"), "nothing went wrong: {said}");
+    }
+}
+
+#[test]
 fn an_interval_takes_them_by_a_command() {
     for mpi in Mpi::BOTH {
         let (mut job, heat) = preloaded(mpi, CLOSED);
@@ -122,6 +136,7 @@ fn a_save_that_fails_takes_none_and_is_said() {
 #[test]
 fn what_would_never_take_one_ends_the_job_at_its_start() {
     for mpi in Mpi::BOTH {
+        let (_compiled, heat) = preloaded(mpi, CLOSED);
         for (settings, line) in [
             (&[][..], "nothing tells when to take checkpoints"),
             (&[("BLOBCR_MPI_EVERY", "MPI_Allreduce:5")][..], "nothing saves the state"),
@@ -132,7 +147,8 @@ fn what_would_never_take_one_ends_the_job_at_its_start() {
                 "BLOBCR_MPI_HOOK: /no/such.so",
             ),
         ] {
-            let (mut job, heat) = preloaded(mpi, CLOSED);
+            let mut job = Job::new(mpi);
+            job.preload();
             for (name, value) in settings {
                 job.set(name, value);
             }
