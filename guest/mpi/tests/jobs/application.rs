@@ -59,7 +59,7 @@ fn a_rank_that_could_not_write_keeps_all_from_asking() {
 #[test]
 fn a_host_that_refuses_leaves_the_set_incomplete_and_every_rank_knows() {
     for mpi in Mpi::BOTH {
-        let job = Job::refused(mpi, |vm, request| {
+        let job = Job::refused(mpi, |_, vm, request| {
             let refuses = vm == 1 && matches!(request, Request::Checkpoint(_));
             refuses.then(|| refusal(9, "rolling back"))
         });
@@ -71,7 +71,7 @@ fn a_host_that_refuses_leaves_the_set_incomplete_and_every_rank_knows() {
         assert_eq!(job.joined(), [vec![1], vec![1]], "asked once each");
         assert_eq!(job.sets.begun()[0].joined_vms, 1);
 
-        let job = Job::refused(mpi, |_, request| {
+        let job = Job::refused(mpi, |_, _, request| {
             matches!(request, Request::BeginSet(_)).then(|| refusal(5, "no such group"))
         });
         let heat = job.compile(HEAT, LIBRARY);

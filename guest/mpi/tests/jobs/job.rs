@@ -13,8 +13,8 @@ use blobcr_proto::v1::channel_reply::Reply;
 use blobcr_proto::v1::channel_request::Request;
 use tempfile::TempDir;
 
-/// A job that takes longer hangs.
-const LONG: Duration = Duration::from_secs(180);
+/// A job that takes longer hangs; ranks that wait in turns on a busy machine are slow.
+const LONG: Duration = Duration::from_secs(300);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mpi {
@@ -65,13 +65,13 @@ pub(crate) struct Job {
 
 impl Job {
     pub(crate) fn new(mpi: Mpi) -> Self {
-        Self::refused(mpi, |_, _| None)
+        Self::refused(mpi, |_, _, _| None)
     }
 
-    /// With what each host, by its number, refuses.
+    /// With what each host, by its machine's directory and number, refuses.
     pub(crate) fn refused(
         mpi: Mpi,
-        refuse: impl Fn(usize, &Request) -> Option<Reply> + Clone + Send + Sync + 'static,
+        refuse: impl Fn(&Path, usize, &Request) -> Option<Reply> + Clone + Send + Sync + 'static,
     ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         // By the name that programs look for.
@@ -82,8 +82,8 @@ impl Job {
         }
         let sets = Sets::default();
         let hosts = [0, 1].map(|vm| {
-            let refuse = refuse.clone();
-            FakeHost::refusing(&format!("vm{vm}"), &sets, move |request| refuse(vm, request))
+            let (refuse, disk) = (refuse.clone(), dir.path().join(format!("vm{vm}")));
+            FakeHost::refusing(&format!("vm{vm}"), &sets, move |request| refuse(&disk, vm, request))
         });
         for vm in [0, 1] {
             fs::create_dir(dir.path().join(format!("vm{vm}"))).unwrap();

@@ -4,4 +4,5 @@
 
 mod application;
 mod job;
+mod killed;
 mod preloaded;
