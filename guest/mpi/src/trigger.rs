@@ -48,13 +48,21 @@ pub(crate) fn begin() {
     if BEGUN.swap(true, Ordering::Relaxed) {
         return;
     }
-    let Ok(mpi) = Mpi::get() else { return };
-    let Ok(world) = mpi.world() else { return };
+    // A job that believes itself safe is worse off than one that ends now.
+    let (mpi, world) = match Mpi::get().and_then(|mpi| Ok((mpi, mpi.world()?))) {
+        Ok(found) => found,
+        Err(failure) => {
+            if !Settings::get().is_ok_and(|s| matches!(s.triggers(save::exported()), Ok(false))) {
+                complain(&failure.text);
+                std::process::exit(2);
+            }
+            return;
+        }
+    };
     match prepare(&world) {
         Ok(None) => {}
         Ok(Some(active)) => *ACTIVE.lock().unwrap_or_else(PoisonError::into_inner) = Some(active),
         Err(failure) => {
-            // A job that believes itself safe is worse off than one that ends now.
             if world.rank == 0 {
                 complain(&failure.text);
             }
@@ -79,7 +87,17 @@ fn prepare(world: &Comm) -> Result<Option<Active>, Failure> {
         Ok(Some((settings, Saver::find(settings)?)))
     })();
     // Even a rank that has nothing to do takes part: the others may have.
-    let Some((settings, saver)) = agree(world, mine)? else { return Ok(None) };
+    let mine = agree(world, mine)?;
+    let rule = mine.as_ref().map_or(0, |(settings, _)| settings.rule());
+    let [most, least] = world.max([rule, -rule])?;
+    if most != -least {
+        // They would wait for each other at different calls.
+        return Err(Failure::usage(
+            "the ranks have different BLOBCR_MPI_EVERY, BLOBCR_MPI_INTERVAL_S or \
+             BLOBCR_MPI_SIGNAL: set the same for all",
+        ));
+    }
+    let Some((settings, saver)) = mine else { return Ok(None) };
     let comm = world.duplicate()?;
     let clock = Clock::new(settings.interval);
     let counts = [0; FUNCTIONS.len()];

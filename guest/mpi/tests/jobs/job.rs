@@ -60,7 +60,7 @@ pub(crate) struct Job {
     dir: TempDir,
     pub(crate) sets: Sets,
     pub(crate) hosts: [FakeHost; 2],
-    environment: Vec<(String, String)>,
+    environment: [Vec<(String, String)>; 2],
 }
 
 impl Job {
@@ -88,7 +88,7 @@ impl Job {
         for vm in [0, 1] {
             fs::create_dir(dir.path().join(format!("vm{vm}"))).unwrap();
         }
-        let mut job = Self { mpi, dir, sets, hosts, environment: Vec::new() };
+        let mut job = Self { mpi, dir, sets, hosts, environment: Default::default() };
         let libraries = job.path("lib").display().to_string();
         job.set("LD_LIBRARY_PATH", &libraries);
         // Not this whole machine, which has other things to do: one test does it.
@@ -97,8 +97,14 @@ impl Job {
     }
 
     pub(crate) fn set(&mut self, name: &str, value: &str) {
-        self.environment.retain(|(known, _)| known != name);
-        self.environment.push((name.to_owned(), value.to_owned()));
+        self.set_on(0, name, value);
+        self.set_on(1, name, value);
+    }
+
+    /// For the ranks of one machine.
+    pub(crate) fn set_on(&mut self, vm: usize, name: &str, value: &str) {
+        self.environment[vm].retain(|(known, _)| known != name);
+        self.environment[vm].push((name.to_owned(), value.to_owned()));
     }
 
     pub(crate) fn preload(&mut self) {
@@ -150,7 +156,7 @@ impl Job {
                 ("BLOBCR_CONNECT", self.hosts[vm].address()),
             ];
             let own = own.iter().map(|(name, value)| (*name, value));
-            let all = self.environment.iter().map(|(name, value)| (name.as_str(), value));
+            let all = self.environment[vm].iter().map(|(name, value)| (name.as_str(), value));
             for (name, value) in own.chain(all) {
                 match self.mpi {
                     Mpi::Mpich => command.args(["-env", name, value]),

@@ -163,6 +163,19 @@ fn what_would_never_take_one_ends_the_job_at_its_start() {
     }
 }
 
+#[test]
+fn ranks_that_would_wait_for_each_other_end_at_their_start() {
+    for mpi in Mpi::BOTH {
+        let (mut job, heat) = preloaded(mpi, PLAIN);
+        job.set_on(0, "BLOBCR_MPI_EVERY", "MPI_Allreduce:5");
+        job.set_on(1, "BLOBCR_MPI_EVERY", "MPI_Allreduce:6");
+        let output = job.end(job.start(&heat, &["40", "40", "10", "0"]));
+        let said = text(&output.stderr);
+        assert!(!output.status.success(), "{said}");
+        assert!(said.contains("the ranks have different BLOBCR_MPI_EVERY"), "{said}");
+    }
+}
+
 fn send(child: &std::process::Child, signal: i32) {
     // SAFETY: the child is ours and was not waited for.
     unsafe { libc::kill(child.id() as i32, signal) };
