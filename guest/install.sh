@@ -31,12 +31,15 @@ version=$(sed -n '/^\[workspace.package\]/,/^$/s/^version = "\(.*\)"/\1/p' "$roo
 [ -n "$version" ] || fail "Cargo.toml tells no version"
 
 put() { install -D -m "$1" "$2" "$to/$3"; }
-put 755 "$built/blobcr-guest" bin/blobcr-guest
+# Without what only debuggers read: it is nine tenths of them, and guests' images are copied a lot.
+put_stripped() { install -D -s -m 755 "$1" "$to/$2"; }
+put_stripped "$built/blobcr-guest" bin/blobcr-guest
 for library in libblobcr libblobcr_mpi; do
-    put 755 "$built/$library.so" "lib/$library.so.1"
+    put_stripped "$built/$library.so" "lib/$library.so.1"
     ln -sf "$library.so.1" "$to/lib/$library.so"
 done
 put 644 "$built/libblobcr.a" lib/libblobcr.a
+strip --strip-debug "$to/lib/libblobcr.a"
 for header in blobcr.h blobcr-guest.h blobcr_mpi.h; do
     put 644 "$root/guest/include/$header" "include/$header"
 done
