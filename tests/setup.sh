@@ -16,6 +16,8 @@ packages+=(fuse3 fio strace)
 packages+=(iproute2 util-linux)
 # What builds the client of etcd, and the etcd that tests start by themselves on free ports.
 packages+=(protobuf-compiler libprotobuf-dev etcd-server etcd-client)
+# What compiles programs against the libraries for guests, and runs them as jobs of either MPI.
+packages+=(g++ gfortran pkg-config mpich libmpich-dev openmpi-bin libopenmpi-dev)
 # QEMU 9.2 is the first whose sockets reconnect within milliseconds.
 qemu_packages=(qemu-system-x86 qemu-utils)
 qemu_min=9.2

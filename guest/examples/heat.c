@@ -121,14 +121,14 @@ static void begin(void)
     for (long i = 0; i < rows; i++)
         for (long j = 0; j < nx; j++)
             row(now, i)[j] = (double)(((first + i) * 31 + j * 17) % 101);
-    mine = load();
+    /* From here on it may be saved: every collective call can take a checkpoint. */
+    iteration = mine = load();
     MPI_Allreduce(&mine, &least, 1, MPI_UINT64_T, MPI_MIN, MPI_COMM_WORLD);
     MPI_Allreduce(&mine, &most, 1, MPI_UINT64_T, MPI_MAX, MPI_COMM_WORLD);
     if (least != most) {
         errno = EINVAL;
         fail("the states in DIR are not of one checkpoint; restart all machines from the same set");
     }
-    iteration = mine;
     if (rank == 0 && iteration > 0)
         printf("resumed at %" PRIu64 "\n", iteration);
 }

@@ -45,6 +45,8 @@ pub struct Frozen {
     held: Vec<Mount>,
     /// Open until the child may go.
     pipe: Option<OwnedFd>,
+    /// Without a reader, writing would bring a signal that ends the program.
+    _theirs: OwnedFd,
     child: libc::pid_t,
     began: Instant,
     limit: Duration,
@@ -64,11 +66,11 @@ struct Mount {
 pub fn freeze(scope: &Scope, limit: Duration) -> Result<Frozen, GuestError> {
     let mounts = mounts(scope)?;
     let (theirs, ours) =
-        pipe_with(PipeFlags::CLOEXEC).map_err(|e| GuestError::io("make a pipe", "")(e.into()))?;
+        pipe_with(PipeFlags::CLOEXEC).map_err(|e| GuestError::io("make", "a pipe")(e.into()))?;
     let child = spawn_watchdog(&mounts, &theirs, &ours, limit)?;
-    drop(theirs);
     let began = Instant::now();
-    let mut frozen = Frozen { held: Vec::new(), pipe: Some(ours), child, began, limit };
+    let (held, pipe) = (Vec::new(), Some(ours));
+    let mut frozen = Frozen { held, pipe, _theirs: theirs, child, began, limit };
     for mount in mounts {
         match ioctl(mount.fd.as_raw_fd(), FIFREEZE) {
             Ok(()) => frozen.held.push(mount),
@@ -210,7 +212,7 @@ fn spawn_watchdog(
     // SAFETY: as above.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
     if child < 0 {
-        return Err(GuestError::io("start the process that thaws", "")(error.into()));
+        return Err(GuestError::io("start", "the process that thaws")(error.into()));
     }
     Ok(child)
 }

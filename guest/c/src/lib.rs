@@ -45,41 +45,28 @@ unsafe fn call<T: Versioned>(
     -errno
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_last_error() -> *const c_char {
+pub(crate) unsafe extern "C" fn blobcr_last_error() -> *const c_char {
     LAST_ERROR.with_borrow(|text| text.as_ptr())
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_checkpoint(options: *const Options, taken: *mut Taken) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_checkpoint(
+    options: *const Options,
+    taken: *mut Taken,
+) -> c_int {
     // SAFETY: the caller keeps to the header.
     unsafe { call(options, taken, checkpoint) }
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_wait(options: *const Options, taken: *mut Taken) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_wait(options: *const Options, taken: *mut Taken) -> c_int {
     // SAFETY: the caller keeps to the header.
     unsafe { call(options, taken, wait) }
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_status(options: *const Options, vm: *mut Vm) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_status(options: *const Options, vm: *mut Vm) -> c_int {
     let work = |asked: &Asked, client: &Client, vm: &mut Vm| {
         fill_vm(vm, &client.status(Deadline::after(asked.timeout))?);
         Ok(())
@@ -88,12 +75,8 @@ pub unsafe extern "C" fn blobcr_status(options: *const Options, vm: *mut Vm) -> 
     unsafe { call(options, vm, work) }
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_begin_set(options: *const Options, set: *mut Set) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_begin_set(options: *const Options, set: *mut Set) -> c_int {
     let work = |asked: &Asked, client: &Client, set: &mut Set| {
         let deadline = Deadline::after(asked.timeout);
         fill_set(set, &client.begin_set(&asked.group, asked.expected_vms, deadline)?);
@@ -103,12 +86,8 @@ pub unsafe extern "C" fn blobcr_begin_set(options: *const Options, set: *mut Set
     unsafe { call(options, set, work) }
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_set_status(options: *const Options, set: *mut Set) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_set_status(options: *const Options, set: *mut Set) -> c_int {
     let work = |asked: &Asked, client: &Client, set: &mut Set| {
         let deadline = Deadline::after(asked.timeout);
         fill_set(set, &client.set_status(&asked.group, asked.sequence, deadline)?);

@@ -79,21 +79,13 @@ fn world() -> Result<Comm, Failure> {
     Mpi::get()?.world()
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_mpi_last_error() -> *const c_char {
+pub(crate) unsafe extern "C" fn blobcr_mpi_last_error() -> *const c_char {
     LAST_ERROR.with_borrow(|text| text.as_ptr())
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_mpi_checkpoint(
+pub(crate) unsafe extern "C" fn blobcr_mpi_checkpoint(
     comm: Handle,
     written: c_int,
     set: *mut u64,
@@ -113,12 +105,8 @@ pub unsafe extern "C" fn blobcr_mpi_checkpoint(
     })
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_mpi_wait(set: u64, timeout_ms: u32) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_mpi_wait(set: u64, timeout_ms: u32) -> c_int {
     call(|| {
         let settings = Settings::get()?;
         let deadline = Deadline::after(Duration::from_millis(timeout_ms.into()));
@@ -133,12 +121,8 @@ pub unsafe extern "C" fn blobcr_mpi_wait(set: u64, timeout_ms: u32) -> c_int {
     })
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_mpi_need_checkpoint(flag: *mut c_int) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_mpi_need_checkpoint(flag: *mut c_int) -> c_int {
     call(|| {
         let needed = output::need_checkpoint(&world()?)?;
         // SAFETY: the caller keeps to the header.
@@ -147,12 +131,8 @@ pub unsafe extern "C" fn blobcr_mpi_need_checkpoint(flag: *mut c_int) -> c_int {
     })
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_mpi_should_exit(flag: *mut c_int) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_mpi_should_exit(flag: *mut c_int) -> c_int {
     call(|| {
         let ends = output::should_exit(&world()?)?;
         // SAFETY: the caller keeps to the header.
@@ -161,22 +141,14 @@ pub unsafe extern "C" fn blobcr_mpi_should_exit(flag: *mut c_int) -> c_int {
     })
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_mpi_start_output(name: *const c_char) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_mpi_start_output(name: *const c_char) -> c_int {
     // SAFETY: the caller keeps to the header.
     call(|| output::start_output(&world()?, unsafe { text(name, "the output's name") }))
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_mpi_route_file(
+pub(crate) unsafe extern "C" fn blobcr_mpi_route_file(
     file: *const c_char,
     path: *mut c_char,
     size: usize,
@@ -189,12 +161,8 @@ pub unsafe extern "C" fn blobcr_mpi_route_file(
     })
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_mpi_complete_output(valid: c_int, set: *mut u64) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_mpi_complete_output(valid: c_int, set: *mut u64) -> c_int {
     // SAFETY: the caller keeps to the header.
     unsafe { give(set, 0) };
     call(|| {
@@ -205,12 +173,11 @@ pub unsafe extern "C" fn blobcr_mpi_complete_output(valid: c_int, set: *mut u64)
     })
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_mpi_have_restart(flag: *mut c_int, name: *mut c_char) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_mpi_have_restart(
+    flag: *mut c_int,
+    name: *mut c_char,
+) -> c_int {
     call(|| {
         let found = output::have_restart(&world()?)?;
         // SAFETY: the caller keeps to the header.
@@ -224,12 +191,8 @@ pub unsafe extern "C" fn blobcr_mpi_have_restart(flag: *mut c_int, name: *mut c_
     })
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_mpi_start_restart(name: *mut c_char) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_mpi_start_restart(name: *mut c_char) -> c_int {
     call(|| {
         let found = output::start_restart(&world()?)?;
         // SAFETY: the caller keeps to the header.
@@ -237,11 +200,7 @@ pub unsafe extern "C" fn blobcr_mpi_start_restart(name: *mut c_char) -> c_int {
     })
 }
 
-/// See the header.
-///
-/// # Safety
-/// See the header.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn blobcr_mpi_complete_restart(valid: c_int) -> c_int {
+pub(crate) unsafe extern "C" fn blobcr_mpi_complete_restart(valid: c_int) -> c_int {
     call(|| output::complete_restart(&world()?, valid != 0))
 }

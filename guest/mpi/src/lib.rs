@@ -8,7 +8,7 @@
 //! | `host` | this machine and its host |
 //! | `api` | what programs call |
 //! | `output` | the calls in the shape of SCR |
-//! | `wrap` | functions of MPI that are wrapped |
+//! | `wrap`, `fortran` | functions of MPI that are wrapped |
 //! | `trigger` | when a wrapped call takes a checkpoint |
 //! | `save` | who saves the state of a program that knows nothing of it |
 //! | `signal` | signals that were received |
@@ -16,6 +16,7 @@
 
 mod api;
 mod failure;
+mod fortran;
 mod global;
 mod host;
 mod mpi;

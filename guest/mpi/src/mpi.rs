@@ -14,10 +14,16 @@ const VERSION_BYTES: usize = 16 << 10;
 
 pub(crate) type Handle = usize;
 
-type Collective =
+type Allreduce =
     unsafe extern "C" fn(*const c_void, *mut c_void, c_int, Handle, Handle, Handle) -> c_int;
-type Gathering =
+type Allgather =
     unsafe extern "C" fn(*const c_void, c_int, Handle, *mut c_void, c_int, Handle, Handle) -> c_int;
+type Bcast = unsafe extern "C" fn(*mut c_void, c_int, Handle, c_int, Handle) -> c_int;
+type OfComm = unsafe extern "C" fn(Handle, *mut c_int) -> c_int;
+type Dup = unsafe extern "C" fn(Handle, *mut Handle) -> c_int;
+type Finalize = unsafe extern "C" fn() -> c_int;
+type Initialized = unsafe extern "C" fn(*mut c_int) -> c_int;
+type Version = unsafe extern "C" fn(*mut c_char, *mut c_int) -> c_int;
 
 /// What is used of MPI.
 pub(crate) struct Mpi {
@@ -27,14 +33,14 @@ pub(crate) struct Mpi {
     min: Handle,
     max: Handle,
     ints: bool,
-    allreduce: Collective,
-    allgather: Gathering,
-    bcast: unsafe extern "C" fn(*mut c_void, c_int, Handle, c_int, Handle) -> c_int,
-    rank: unsafe extern "C" fn(Handle, *mut c_int) -> c_int,
-    size: unsafe extern "C" fn(Handle, *mut c_int) -> c_int,
-    dup: unsafe extern "C" fn(Handle, *mut Handle) -> c_int,
-    abort: unsafe extern "C" fn(Handle, c_int) -> c_int,
-    initialized: unsafe extern "C" fn(*mut c_int) -> c_int,
+    allreduce: Allreduce,
+    allgather: Allgather,
+    bcast: Bcast,
+    rank: OfComm,
+    size: OfComm,
+    dup: Dup,
+    finalize: Finalize,
+    initialized: Initialized,
 }
 
 /// The address of a function or variable of the program or one of its libraries.
@@ -45,10 +51,10 @@ pub(crate) fn symbol(name: &CStr) -> Option<*mut c_void> {
 }
 
 macro_rules! function {
-    ($name:literal) => {{
+    ($name:literal as $type:ty) => {{
         let found = symbol($name).ok_or_else(|| missing($name))?;
         // SAFETY: MPI functions of that name have that type in both libraries.
-        unsafe { std::mem::transmute::<*mut c_void, _>(found) }
+        unsafe { std::mem::transmute::<*mut c_void, $type>(found) }
     }};
 }
 
@@ -90,14 +96,14 @@ impl Mpi {
             max: pick(c"ompi_mpi_op_max", 0x5800_0001)?,
             min: pick(c"ompi_mpi_op_min", 0x5800_0002)?,
             ints,
-            allreduce: function!(c"PMPI_Allreduce"),
-            allgather: function!(c"PMPI_Allgather"),
-            bcast: function!(c"PMPI_Bcast"),
-            rank: function!(c"PMPI_Comm_rank"),
-            size: function!(c"PMPI_Comm_size"),
-            dup: function!(c"PMPI_Comm_dup"),
-            abort: function!(c"PMPI_Abort"),
-            initialized: function!(c"PMPI_Initialized"),
+            allreduce: function!(c"PMPI_Allreduce" as Allreduce),
+            allgather: function!(c"PMPI_Allgather" as Allgather),
+            bcast: function!(c"PMPI_Bcast" as Bcast),
+            rank: function!(c"PMPI_Comm_rank" as OfComm),
+            size: function!(c"PMPI_Comm_size" as OfComm),
+            dup: function!(c"PMPI_Comm_dup" as Dup),
+            finalize: function!(c"PMPI_Finalize" as Finalize),
+            initialized: function!(c"PMPI_Initialized" as Initialized),
         })
     }
 
@@ -110,22 +116,30 @@ impl Mpi {
         }
     }
 
+    /// Whether the number is Fortran's of MPI_COMM_WORLD.
+    pub(crate) fn is_fortran_world(&self, comm: c_int) -> bool {
+        match self.ints {
+            true => comm as u32 == self.world as u32,
+            false => comm == 0,
+        }
+    }
+
     /// All processes of the job, by the program's own communicator.
     pub(crate) fn world(&'static self) -> Result<Comm, Failure> {
         Comm::of(self, self.world)
     }
 
-    /// Ends the job.
-    pub(crate) fn abort(&self, code: c_int) -> ! {
-        // SAFETY: MPI runs.
-        unsafe { (self.abort)(self.world, code) };
+    /// Ends the job, by all of its ranks. Not by MPI_Abort: then launchers throw away what ranks
+    /// have just said.
+    pub(crate) fn end(&self, code: c_int) -> ! {
+        // SAFETY: MPI runs, and nothing calls it after this.
+        unsafe { (self.finalize)() };
         std::process::exit(code)
     }
 }
 
 fn library_version() -> Result<String, String> {
-    let get: unsafe extern "C" fn(*mut c_char, *mut c_int) -> c_int =
-        function!(c"PMPI_Get_library_version");
+    let get = function!(c"PMPI_Get_library_version" as Version);
     let mut text = vec![0_u8; VERSION_BYTES];
     let mut len = 0;
     // SAFETY: the buffer is longer than the longest text of either library.

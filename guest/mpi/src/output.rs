@@ -21,8 +21,6 @@ use crate::signal;
 use crate::trigger::Clock;
 
 const PARTIAL: &str = ".partial";
-/// Complete outputs that are kept: while one is written, the one before it must be whole.
-const KEEP: usize = 2;
 /// An output's name fits into the header's, and into a directory's beside its number.
 const NAME_BYTES_MAX: usize = 63;
 
@@ -151,11 +149,17 @@ pub(crate) fn complete_output(comm: &Comm, valid: bool) -> Result<u64, Failure> 
     // Whoever of a machine's ranks comes first renames it; the others find it done.
     agree(comm, publish(dir, &open))?;
     let set = checkpoint(comm, Settings::get(), Ok(()))?;
-    if let Some(clock) = state().clock.as_mut() {
+    let below = state().before.min(open.number);
+    // Only now: until the set was accepted, the outputs before were all that there was. The set is
+    // good also when they cannot be removed; the next one tries again.
+    if let Ok(previous) = newest_common(comm, below) {
+        keep(dir, [open.number, previous.map_or(0, |found| found.number)]);
+    }
+    let mut state = state();
+    state.before = i32::MAX;
+    if let Some(clock) = state.clock.as_mut() {
         clock.taken();
     }
-    // Only now: until the set was accepted, the outputs before were all that there was.
-    forget_old(dir, open.number);
     Ok(set)
 }
 
@@ -171,12 +175,10 @@ fn publish(dir: &Path, open: &Open) -> Result<(), Failure> {
     sync(dir)
 }
 
-fn forget_old(dir: &Path, newest: i32) {
-    let Ok(found) = list(dir) else { return };
-    let mut kept = 0;
-    for output in found.iter().rev().filter(|output| output.number <= newest) {
-        kept += usize::from(output.complete);
-        if kept > KEEP || !output.complete {
+/// Removes all outputs but these: half-written ones, and those that other machines have not.
+fn keep(dir: &Path, numbers: [i32; 2]) {
+    for output in list(dir).unwrap_or_default() {
+        if !output.complete || !numbers.contains(&output.number) {
             // Several ranks remove the same; what is left is removed next time.
             fs::remove_dir_all(&output.path).ok();
         }
@@ -184,11 +186,13 @@ fn forget_old(dir: &Path, newest: i32) {
 }
 
 pub(crate) fn have_restart(comm: &Comm) -> Result<Option<String>, Failure> {
-    Ok(newest_common(comm)?.map(|found| found.name))
+    let below = state().before;
+    Ok(newest_common(comm, below)?.map(|found| found.name))
 }
 
 pub(crate) fn start_restart(comm: &Comm) -> Result<String, Failure> {
-    let found = newest_common(comm)?
+    let below = state().before;
+    let found = newest_common(comm, below)?
         .ok_or_else(|| Failure::new(libc::ENOENT, "no output is complete everywhere".to_owned()))?;
     let Found { number, name, path, .. } = found;
     let open = Open { number, name: name.clone(), dir: path, writes: false, files: Vec::new() };
@@ -206,12 +210,11 @@ pub(crate) fn complete_restart(comm: &Comm, valid: bool) -> Result<(), Failure> 
     agree(comm, read).inspect_err(|_| state().before = open.number)
 }
 
-/// The newest output that is complete on every machine, and was not found unreadable.
-fn newest_common(comm: &Comm) -> Result<Option<Found>, Failure> {
+/// The newest output below that number that is complete on every machine.
+fn newest_common(comm: &Comm, below: i32) -> Result<Option<Found>, Failure> {
     let mine = dir().and_then(|dir| if dir.exists() { list(dir) } else { Ok(Vec::new()) });
     let mut mine = agree(comm, mine)?;
-    let before = state().before;
-    mine.retain(|found| found.complete && found.number < before);
+    mine.retain(|found| found.complete && found.number < below);
     loop {
         let newest = mine.last().map_or(0, |found| found.number);
         // Nobody can have a common one above the least of the newest.
@@ -301,10 +304,8 @@ mod tests {
             found.iter().map(|f| format!("{} {} {}", f.number, f.name, f.complete)).collect()
         };
         assert_eq!(names(), ["1 a true", "2 b.x true", "3 c true", "4 d false"]);
-        forget_old(dir.path(), 3);
-        assert_eq!(names(), ["2 b.x true", "3 c true", "4 d false"]);
-        forget_old(dir.path(), 4);
-        assert_eq!(names(), ["2 b.x true", "3 c true"]);
+        keep(dir.path(), [4, 3]);
+        assert_eq!(names(), ["3 c true"]);
         assert!(dir.path().join("other").exists());
     }
 

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use blobcr_guest::Place;
+use blobcr_proto::Hash;
 
 use crate::failure::Failure;
 
@@ -162,6 +163,12 @@ impl Settings {
         }
         Ok(triggered)
     }
+
+    /// A number above 0 that is the same for all ranks whose checkpoints are due at the same calls.
+    pub(crate) fn rule(&self) -> c_int {
+        let rule = format!("{:?} {:?} {:?}", self.every, self.interval, self.signal);
+        (Hash::of(rule.as_bytes()).prefix() % c_int::MAX as u64) as c_int + 1
+    }
 }
 
 /// A name that is nearly right would do nothing, and nobody would know.
@@ -242,6 +249,8 @@ mod tests {
         assert_eq!(found.interval, Some(Duration::from_millis(500)));
         assert_eq!(found.signal, Some(libc::SIGUSR1));
         assert_eq!(found.save, Some(Save::Command("true".to_owned())));
+        assert!(found.rule() > 0);
+        assert_ne!(found.rule(), read(&[("BLOBCR_MPI_EVERY", "MPI_Bcast:1")]).unwrap().rule());
     }
 
     #[test]

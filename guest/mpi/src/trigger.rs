@@ -6,7 +6,9 @@
 //! calls come thick and acts soon where they are rare.
 
 use std::cell::Cell;
+use std::ffi::c_int;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +25,8 @@ const AGREE: Duration = Duration::from_millis(50);
 const CALLS_MAX: u32 = 64;
 
 static ACTIVE: Mutex<Option<Active>> = Mutex::new(None);
+/// MPI_Init of Fortran may call that of C.
+static BEGUN: AtomicBool = AtomicBool::new(false);
 thread_local! {
     /// What saves the state may call MPI by itself.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
@@ -41,17 +45,28 @@ struct Active {
 
 /// After MPI_Init: reads what is to be done, and ends the job when it cannot be.
 pub(crate) fn begin() {
-    let Ok(mpi) = Mpi::get() else { return };
-    let Ok(world) = mpi.world() else { return };
+    if BEGUN.swap(true, Ordering::Relaxed) {
+        return;
+    }
+    // A job that believes itself safe is worse off than one that ends now.
+    let (mpi, world) = match Mpi::get().and_then(|mpi| Ok((mpi, mpi.world()?))) {
+        Ok(found) => found,
+        Err(failure) => {
+            if !Settings::get().is_ok_and(|s| matches!(s.triggers(save::exported()), Ok(false))) {
+                complain(&failure.text);
+                std::process::exit(2);
+            }
+            return;
+        }
+    };
     match prepare(&world) {
         Ok(None) => {}
         Ok(Some(active)) => *ACTIVE.lock().unwrap_or_else(PoisonError::into_inner) = Some(active),
         Err(failure) => {
-            // A job that believes itself safe is worse off than one that ends now.
             if world.rank == 0 {
                 complain(&failure.text);
             }
-            mpi.abort(2);
+            mpi.end(2);
         }
     }
 }
@@ -72,7 +87,17 @@ fn prepare(world: &Comm) -> Result<Option<Active>, Failure> {
         Ok(Some((settings, Saver::find(settings)?)))
     })();
     // Even a rank that has nothing to do takes part: the others may have.
-    let Some((settings, saver)) = agree(world, mine)? else { return Ok(None) };
+    let mine = agree(world, mine)?;
+    let rule = mine.as_ref().map_or(0, |(settings, _)| settings.rule());
+    let [most, least] = world.max([rule, -rule])?;
+    if most != -least {
+        // They would wait for each other at different calls.
+        return Err(Failure::usage(
+            "the ranks have different BLOBCR_MPI_EVERY, BLOBCR_MPI_INTERVAL_S or \
+             BLOBCR_MPI_SIGNAL: set the same for all",
+        ));
+    }
+    let Some((settings, saver)) = mine else { return Ok(None) };
     let comm = world.duplicate()?;
     let clock = Clock::new(settings.interval);
     let counts = [0; FUNCTIONS.len()];
@@ -85,17 +110,30 @@ fn dir(settings: &Settings) -> Result<&Path, Failure> {
 
 /// Before a wrapped call of one of [`FUNCTIONS`].
 pub(crate) fn before(function: usize, comm: Handle) {
+    before_if(function, |mpi| mpi.is_world(comm));
+}
+
+/// The same, with Fortran's number of a communicator.
+pub(crate) fn before_fortran(function: usize, comm: c_int) {
+    before_if(function, |mpi| mpi.is_fortran_world(comm));
+}
+
+fn before_if(function: usize, is_world: impl FnOnce(&Mpi) -> bool) {
     if INSIDE.get() {
         return;
     }
     let Ok(mut active) = ACTIVE.lock() else { return };
     let Some(active) = active.as_mut() else { return };
-    if !Mpi::get().is_ok_and(|mpi| mpi.is_world(comm)) {
-        return;
+    if Mpi::get().is_ok_and(is_world) {
+        inside(|| active.called(function));
     }
-    INSIDE.set(true);
-    active.called(function);
-    INSIDE.set(false);
+}
+
+/// Does something whose own calls of MPI take no checkpoints.
+pub(crate) fn inside(work: impl FnOnce()) {
+    let was = INSIDE.replace(true);
+    work();
+    INSIDE.set(was);
 }
 
 /// Before MPI_Finalize.
@@ -141,12 +179,13 @@ impl Active {
 
     fn take(&mut self) {
         let began = Instant::now();
-        if let Some(signal) = self.settings.signal {
-            signal::forget(signal);
-        }
         let written = dir(self.settings).and_then(|dir| self.saver.save(&self.comm, dir));
         let outcome = checkpoint(&self.comm, Ok(self.settings), written);
         self.clock.taken();
+        if let Some(signal) = self.settings.signal {
+            // A signal for the whole job comes to the ranks one after the other: this was for all.
+            signal::forget(signal);
+        }
         let seconds = began.elapsed().as_secs_f64();
         match outcome {
             Ok(set) => {
@@ -189,7 +228,8 @@ impl Clock {
     }
 
     fn is_agreed_now(&mut self) -> bool {
-        self.left -= 1;
+        // It stays at none when the last agreement failed.
+        self.left = self.left.saturating_sub(1);
         self.left == 0
     }
 

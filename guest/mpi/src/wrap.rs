@@ -4,14 +4,13 @@
 //! with or preloaded into finds these first, and the MPI library's own under their `PMPI_` names.
 
 use std::ffi::{CStr, c_int, c_void};
-use std::panic::catch_unwind;
 use std::sync::OnceLock;
 
 use crate::mpi::{Handle, symbol};
 use crate::{complain, trigger};
 
 /// The MPI library's own function of that name.
-fn own(found: &OnceLock<usize>, name: &CStr) -> usize {
+pub(crate) fn own(found: &OnceLock<usize>, name: &CStr) -> usize {
     *found.get_or_init(|| match symbol(name) {
         Some(at) => at as usize,
         None => {
@@ -24,23 +23,19 @@ fn own(found: &OnceLock<usize>, name: &CStr) -> usize {
 
 macro_rules! wrapped {
     ($name:ident = $own:literal, $before:expr, $after:expr, ($($arg:ident: $type:ty),*)) => {
-        /// As the MPI standard has it.
-        ///
-        /// # Safety
-        /// As the MPI standard has it.
         #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name($($arg: $type),*) -> c_int {
+        pub(crate) unsafe extern "C" fn $name($($arg: $type),*) -> c_int {
             static OWN: OnceLock<usize> = OnceLock::new();
             let own = own(&OWN, $own);
-            // Nothing unwinds into C; what went wrong there is not the program's.
-            catch_unwind(|| $before).ok();
+            // A panic ends the process, and its launcher the job: better than ranks that wait for it.
+            $before;
             // SAFETY: it is the function of that name, which takes and returns the same.
             let rc = unsafe {
                 std::mem::transmute::<usize, unsafe extern "C" fn($($type),*) -> c_int>(own)(
                     $($arg),*
                 )
             };
-            catch_unwind(|| $after(rc)).ok();
+            $after(rc);
             rc
         }
     };
@@ -53,14 +48,16 @@ macro_rules! collective {
     };
 }
 
+fn nothing() {}
+
 fn begun(rc: c_int) {
     if rc == 0 {
         trigger::begin();
     }
 }
 
-wrapped!(MPI_Init = c"PMPI_Init", (), begun, (argc: *mut c_int, argv: *mut c_void));
-wrapped!(MPI_Init_thread = c"PMPI_Init_thread", (), begun,
+wrapped!(MPI_Init = c"PMPI_Init", nothing(), begun, (argc: *mut c_int, argv: *mut c_void));
+wrapped!(MPI_Init_thread = c"PMPI_Init_thread", nothing(), begun,
     (argc: *mut c_int, argv: *mut c_void, required: c_int, provided: *mut c_int));
 wrapped!(MPI_Finalize = c"PMPI_Finalize", trigger::end(), |_: c_int| (), ());
 

@@ -92,7 +92,7 @@ struct CheckpointArgs {
         long,
         num_args = 0..=1,
         require_equals = true,
-        default_missing_value = "",
+        default_missing_value = ALL,
         value_name = "PATH"
     )]
     freeze: Vec<PathBuf>,
@@ -106,7 +106,7 @@ impl CheckpointArgs {
         if self.freeze.is_empty() {
             return Ok(None);
         }
-        if !self.freeze.iter().any(|path| path.as_os_str().is_empty()) {
+        if !self.freeze.iter().any(|path| path.as_os_str() == ALL) {
             return Ok(Some(Scope::Only(self.freeze.clone())));
         }
         if target.is_this_machine() {
@@ -119,6 +119,9 @@ impl CheckpointArgs {
         Ok(Some(Scope::All))
     }
 }
+
+/// Stands for no path at all: clap wants one, and not an empty one.
+const ALL: &str = "all";
 
 fn seconds(text: &str) -> Result<f64, String> {
     match text.parse() {
