@@ -215,6 +215,10 @@ fn every_option_of_a_page_is_in_the_help() {
         "snapshot pin",
         "snapshot unpin",
         "vm add",
+        "set list",
+        "set pin",
+        "set prune",
+        "set restart",
         "pool create",
         "node drain",
     ];

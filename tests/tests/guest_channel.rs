@@ -39,6 +39,7 @@ impl ProxyProcess {
             .block_on(self.proxy.add_vm(NewVm {
                 name: name.to_owned(),
                 disks: vec!["d0".to_owned()],
+                groups: vec!["job".to_owned()],
                 ..NewVm::default()
             }))
             .unwrap();

@@ -212,12 +212,14 @@ fn old_sets_are_given_up_by_policy_and_their_bytes_collected() -> Result<()> {
     }
     let image = cluster.json(&["disk", "info", "d1"])?["checkpoint_image"].clone();
     let image = image.as_str().context("a checkpoint image")?.to_owned();
-    let second = format!("{image}@2");
-    let refused = cluster.run(&["image", "remove", &second])?;
+    // The first snapshot is the disk as it was cloned, so set N has snapshot N + 1.
+    let third = format!("{image}@3");
+    let refused = cluster.run(&["image", "remove", &third])?;
     ensure!(refused.code == 4 && refused.stderr.contains("set 2 of group"), "{refused:?}");
     let pruned = cluster.json(&["snapshot", "prune", &image, "--keep-last", "1"])?;
-    let kept = pruned.as_array().context("snapshots")?.iter().all(|s| s["action"] == "kept");
-    ensure!(kept, "a snapshot of a set was removed: {pruned}");
+    let mut pruned = pruned.as_array().context("snapshots")?.iter();
+    let kept = pruned.all(|s| (s["action"] == "kept") == (s["snapshot"] != 1));
+    ensure!(kept, "a snapshot of a set was removed, or one that is in none was not");
 
     cluster.json(&["set", "pin", "job", "2", "--holder", "alice"])?;
     let dry = cluster.json(&["set", "prune", "job", "--keep-last", "2", "--dry-run"])?;
@@ -241,7 +243,7 @@ fn old_sets_are_given_up_by_policy_and_their_bytes_collected() -> Result<()> {
         .filter(|s| s["state"] == "stable")
         .filter_map(|s| s["snapshot"].as_u64())
         .collect();
-    assert_eq!(stable, [2, 4, 5]);
+    assert_eq!(stable, [3, 5, 6]);
     let groups = cluster.json(&["set", "groups"])?;
     assert_eq!(groups[0]["keep_sets"], 2);
     cluster.json(&["set", "unpin", "job", "2", "--holder", "alice"])?;
@@ -313,6 +315,6 @@ fn a_forwarded_address_leads_to_the_vms_own_channel() -> Result<()> {
     let ended = forwarding.join().map_err(|_| anyhow::anyhow!("the relay's thread"))??;
     ensure!(ended.success(), "{ended}");
     let nobody = cluster.run(&["vm", "relay", "/nowhere/one.sock"])?;
-    ensure!(nobody.code == 1 && nobody.stderr.contains("proxy runs"), "{nobody:?}");
+    ensure!(nobody.code == 3 && nobody.stderr.contains("proxy runs"), "{nobody:?}");
     Ok(())
 }
