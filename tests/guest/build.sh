@@ -65,7 +65,7 @@ done
 
 stamp=$( { echo "$version $mib"; cat "$0" "$here"/init.* "$(command -v busybox)" \
     "$target"/guest/blobcr-guest "$target"/guest/blobcr-guest-worker
-    [ -z "$extra" ] || (cd "$extra" && find . -type f -print0 | LC_ALL=C sort -z | xargs -0 sha256sum); } |
+    [ -z "$extra" ] || (cd "$extra" && find . ! -type d -print0 | LC_ALL=C sort -z | xargs -0 sha256sum); } |
     sha256sum)
 if [ "$(cat "$out/stamp" 2>/dev/null)" = "$stamp" ] && [ -f "$out/disk.raw" ]; then
     say "$out is up to date"

@@ -33,6 +33,7 @@ mpicc.mpich -std=c99 -O2 -DPLAIN -rdynamic "$heat" -lm -o "$tree/bin/heat-plain"
 cp "$tree/bin/heat-plain" "$out/host/heat"
 cp "$(command -v mpiexec.hydra)" "$(command -v hydra_pmi_proxy)" "$tree/usr/bin/"
 cp "$target/release/libblobcr_mpi.so" "$tree/usr/lib/"
+ln -s libblobcr_mpi.so "$tree/usr/lib/libblobcr_mpi.so.1"
 install -m 755 "$root/guest/launch/blobcr-job" "$here/job-node" "$here/job-plain" "$tree/bin/"
 ln -s hydra_pmi_proxy "$tree/usr/bin/hydra_pmi_proxy.mpich"
 for program in "$tree"/bin/heat "$tree"/bin/heat-plain "$tree"/usr/bin/mpiexec.hydra \
