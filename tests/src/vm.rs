@@ -13,7 +13,6 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::guest_image::GuestImage;
@@ -304,17 +303,6 @@ impl Vm {
             Some(status) if status.success() => Ok(()),
             status => Err(self.explain(&format!("QEMU failed: {status:?}"))),
         }
-    }
-
-    /// Stops the VM's process where it is, or lets it go on.
-    ///
-    /// # Errors
-    /// When it has ended.
-    pub fn hold(&mut self, hold: bool) -> Result<()> {
-        ensure!(!self.has_ended()?, "the VM has ended");
-        let pid = rustix::process::Pid::from_child(&self.child);
-        let signal = if hold { Signal::STOP } else { Signal::CONT };
-        Ok(rustix::process::kill_process(pid, signal)?)
     }
 
     /// Kills the VM the way a power cut does: SIGKILL, nothing is flushed.
