@@ -2,8 +2,9 @@
 //!
 //! Every VM has a Unix socket of its own, `DIR/VM.sock`, to which its hypervisor connects a
 //! virtio-serial port of the guest, or an address that it forwards. A VM that reaches its host by a
-//! network only gets a token for one TCP port that all of them share. Which VM a request speaks for is known from the socket that it
-//! arrived on and from nothing that the guest says. The same operations are served to the host's
+//! network only gets a token for one TCP port that all of them share. Which VM a request speaks for
+//! is known from the socket that it arrived on, or the token that its connection began with, and
+//! from nothing else that the guest says. The same operations are served to the host's
 //! own tools by the gRPC service `Checkpoint`.
 //!
 //! | module | holds |

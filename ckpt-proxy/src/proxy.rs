@@ -1,5 +1,6 @@
 //! [`Proxy`]: the VMs of this host.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use blobcr_proto::name::GroupName;
 use blobcr_proto::v1;
 use blobcr_proto::v1::checkpoint_server::CheckpointServer;
-use blobcr_proto::{DiskName, Hash, VmName};
+use blobcr_proto::{DiskName, VmName};
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -162,26 +163,22 @@ impl Proxy {
             let problem = "this proxy serves no guests over TCP; start it with `--guests ADDR`";
             return Err(ProxyError::Invalid(problem.to_owned()));
         }
-        let (token, kept) = if vm.tcp { some_token() } else { (String::new(), None) };
-        let mut record = VmRecord {
-            name: VmName::new(vm.name)?,
+        let name = VmName::new(vm.name)?;
+        let before = inner.vms.get(&name).filter(|_| vm.replace);
+        let known = before.as_ref().map(|before| &before.vm.record);
+        let (token, kept) = match known.and_then(|known| known.token) {
+            None if vm.tcp => {
+                let (token, kept) = tcp::new_token();
+                (token, Some(kept))
+            }
+            kept => (String::new(), kept),
+        };
+        let record = VmRecord {
+            name,
             disks: check_disks(&vm.disks)?,
-            groups: check_groups(&vm.groups)?,
+            groups: check_groups(&vm.groups, known.map_or(&[], |known| &known.groups))?,
             token: kept,
         };
-        let before = inner.vms.get(&record.name).filter(|_| vm.replace);
-        let token = match before.as_ref().and_then(|before| before.vm.record.token) {
-            Some(kept) => {
-                record.token = Some(kept);
-                String::new()
-            }
-            None => token,
-        };
-        if let Some(before) = &before {
-            let more = before.vm.record.groups.iter().filter(|g| !record.groups.contains(g));
-            let more: Vec<GroupName> = more.cloned().collect();
-            record.groups.extend(more);
-        }
         if let Some(known) = inner.check_new(&record, vm.replace)? {
             return Ok(inner.describe(&known.record));
         }
@@ -289,21 +286,24 @@ impl Drop for Inner {
     }
 }
 
-fn some_token() -> (String, Option<Hash>) {
-    let (token, kept) = tcp::new_token();
-    (token, Some(kept))
-}
-
-fn check_groups(groups: &[String]) -> Result<Vec<GroupName>, ProxyError> {
-    let names = groups.iter().map(|g| GroupName::new(g.as_str())).collect::<Result<Vec<_>, _>>()?;
-    if names.len() > GROUPS_PER_VM_MAX {
-        let problem = format!("a VM is in at most {GROUPS_PER_VM_MAX} groups, not {}", names.len());
+/// The groups that are named, and those that the VM is in already.
+fn check_groups(named: &[String], known: &[GroupName]) -> Result<Vec<GroupName>, ProxyError> {
+    let names = named.iter().map(|g| GroupName::new(g.as_str())).collect::<Result<Vec<_>, _>>()?;
+    check_distinct("group", &names)?;
+    let more = known.iter().filter(|group| !names.contains(group)).cloned();
+    let all: Vec<GroupName> = names.iter().cloned().chain(more).collect();
+    if all.len() > GROUPS_PER_VM_MAX {
+        let problem = format!("a VM is in at most {GROUPS_PER_VM_MAX} groups, not {}", all.len());
         return Err(ProxyError::Invalid(problem));
     }
-    if let Some(twice) = names.iter().enumerate().find(|(i, g)| names[..*i].contains(g)) {
-        return Err(ProxyError::Invalid(format!("the group {} is named twice", twice.1)));
+    Ok(all)
+}
+
+fn check_distinct<N: PartialEq + Display>(what: &str, names: &[N]) -> Result<(), ProxyError> {
+    match names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
+        Some((_, twice)) => Err(ProxyError::Invalid(format!("the {what} {twice} is named twice"))),
+        None => Ok(()),
     }
-    Ok(names)
 }
 
 fn check_disks(disks: &[String]) -> Result<Vec<DiskName>, ProxyError> {
@@ -317,9 +317,7 @@ fn check_disks(disks: &[String]) -> Result<Vec<DiskName>, ProxyError> {
             names.len()
         )));
     }
-    if let Some(twice) = names.iter().enumerate().find(|(i, d)| names[..*i].contains(d)) {
-        return Err(ProxyError::Invalid(format!("the disk {} is named twice", twice.1)));
-    }
+    check_distinct("disk", &names)?;
     Ok(names)
 }
 
@@ -356,8 +354,8 @@ impl Inner {
         } else if vms.len() >= VMS_MAX {
             return Err(ProxyError::TooManyVms(VMS_MAX));
         }
-        let others = vms.values().filter(|served| served.vm.name() != &record.name);
-        let taken = { others }.find_map(|served| {
+        let mut others = vms.values().filter(|served| served.vm.name() != &record.name);
+        let taken = others.find_map(|served| {
             let disk = record.disks.iter().find(|d| served.vm.record.disks.contains(d))?;
             Some(ProxyError::DiskTaken { disk: disk.to_string(), vm: served.vm.name().to_string() })
         });

@@ -29,8 +29,7 @@ use crate::served::{Served, Vms, connection};
 
 /// A new token, and what is kept of it: whoever reads the record cannot speak for the VM.
 pub(crate) fn new_token() -> (String, Hash) {
-    let bytes: [u8; 32] = rand::random();
-    let token: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let token = Hash(rand::random()).to_string();
     let hash = Hash::of(token.as_bytes());
     (token, hash)
 }

@@ -37,7 +37,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-use args::{Cli, Command, Global, SetCommand, VmCommand};
+use args::{Cli, Command, Global, VmCommand};
 use output::Output;
 use session::Session;
 
@@ -94,10 +94,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Vm(VmCommand::Relay { socket }) => verbs::relay::run(&socket),
         Command::Vm(verb) => verbs::vm::run(verb, &open().await?, output).await,
-        Command::Set(SetCommand::Restart(args)) => {
-            Box::pin(verbs::restart::run(args, &open().await?, output)).await
-        }
-        Command::Set(verb) => verbs::set::run(verb, &open().await?, output).await,
+        Command::Set(verb) => Box::pin(verbs::set::run(verb, &open().await?, output)).await,
         Command::Pool(verb) => verbs::pool::run(verb, &open().await?, output).await,
         Command::Node(verb) => verbs::node::run(verb, &open().await?, output).await,
         Command::Gc { dry_run } => Box::pin(verbs::gc::run(&open().await?, dry_run, output)).await,

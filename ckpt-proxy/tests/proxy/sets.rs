@@ -106,6 +106,11 @@ async fn a_vm_that_starts_again_has_its_groups_and_other_disks() {
     let mut peer = setup.peer("one").await;
     assert_eq!(set(&mut peer, begin("g")).await.group, "g");
     assert_eq!(peer.checkpoint(5, "k").await.snapshots[0].disk, "d");
+    // What it is in already counts, or its record could not be read again.
+    let groups = (0..15).map(|n| format!("more{n}")).collect();
+    let many = NewVm { groups, ..again.clone() };
+    let error = setup.proxy.add_vm(many).await.unwrap_err().to_string();
+    assert!(error.contains("at most 16 groups, not 17"), "{error}");
     // Its old disks are free, another VM's are not.
     setup.proxy.add_vm(new_vm("three", &["a"], &[])).await.unwrap();
     let taken = NewVm { disks: vec!["c".to_owned()], ..again };

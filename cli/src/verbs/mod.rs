@@ -9,7 +9,7 @@ mod pins;
 pub mod pool;
 mod prune;
 pub mod relay;
-pub mod restart;
+mod restart;
 pub mod scrub;
 pub mod set;
 pub mod snapshot;

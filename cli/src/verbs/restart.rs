@@ -60,15 +60,19 @@ struct RestartView {
 /// # Errors
 /// When there is no set that can be used, or a disk or channel cannot be had: then the disks that
 /// were attached are detached again.
-pub async fn run(args: RestartArgs, session: &Session, output: Output) -> anyhow::Result<()> {
-    let repository = session.repository().await?;
+pub(super) async fn run(
+    args: RestartArgs,
+    session: &Session,
+    repository: &Repository,
+    output: Output,
+) -> anyhow::Result<()> {
     let group = args.group.to_string();
-    for set in candidates(&repository, &args).await? {
+    for set in candidates(repository, &args).await? {
         let vms = members(&set, &args)?;
         let sequence = set.sequence;
         let made = async {
             if args.verify {
-                verify(&repository, &vms).await?;
+                verify(repository, &vms).await?;
             }
             attach_all(session, sequence, &vms).await
         };

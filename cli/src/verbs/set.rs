@@ -109,7 +109,7 @@ pub async fn run(command: SetCommand, session: &Session, output: Output) -> anyh
         SetCommand::Prune { group, keep_last, dry_run } => {
             prune(&repository, group.into(), keep_last, dry_run, output).await
         }
-        SetCommand::Restart(args) => super::restart::run(args, session, output).await,
+        SetCommand::Restart(args) => super::restart::run(args, session, &repository, output).await,
     }
 }
 

@@ -8,8 +8,7 @@
 //! it until after it is given up (see [`super::retire`]). A pin that is left by a VM which died in
 //! between goes when the set does.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 
 use blobcr_proto::name::GroupName;
 use blobcr_proto::v1::{SetState, SnapshotState};
@@ -18,7 +17,7 @@ use blobcr_proto::{DiskName, ImageName, VmName, v1};
 use super::{Held, RecordSwap, VersionManager, until_won};
 use crate::error::Error;
 use crate::records::{
-    GroupRecord, ImageNameRecord, ImageRecord, PinRecord, Record, SetDisk, SetRecord, SetVmRecord,
+    GroupRecord, ImageNameRecord, PinRecord, Record, SetDisk, SetRecord, SetVmRecord,
     SnapshotRecord, VM_DISKS_MAX,
 };
 use crate::store::{PAGE_ENTRIES_MAX, Swap};
@@ -170,7 +169,7 @@ impl VersionManager {
         set: &SetRecord,
         vms: impl Iterator<Item = &'a str>,
     ) -> Result<(), Error> {
-        let mut all: std::collections::BTreeSet<String> =
+        let mut all: BTreeSet<String> =
             self.vms_of(set).await?.into_iter().map(|vm| vm.vm).collect();
         all.extend(vms.map(str::to_owned));
         if all.len() > set.expected_vms as usize {
@@ -230,18 +229,17 @@ impl VersionManager {
         disks: &[&SetDisk],
         mut swap: Swap,
     ) -> Result<Swap, Error> {
-        let mut images: BTreeMap<u64, Held<ImageRecord>> = BTreeMap::new();
+        let mut images = BTreeSet::new();
         for disk in disks {
             let key = PinRecord::key_of(disk.image_id, disk.number, &set.holder());
             if self.load::<PinRecord>(key).await?.is_some() {
                 continue;
             }
-            if let Entry::Vacant(place) = images.entry(disk.image_id) {
+            if images.insert(disk.image_id) {
                 let by_id = super::snapshots::id_ref(disk.image_id);
                 let image = self.image_record(&by_id).await?;
                 // As any pin is made: a removal that runs at the same time is lost, or wins.
                 swap = swap.update(&image, &image.value);
-                place.insert(image);
             }
             swap = swap.create(&PinRecord {
                 image_id: disk.image_id,
