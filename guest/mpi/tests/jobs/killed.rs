@@ -1,12 +1,10 @@
-//! A job whose ranks are killed at random, and in the middle of a set, and that goes on from the
+//! A job whose ranks are killed while sets are joined, one of them half-way, and that goes on from the
 //! newest complete one. A made-up host's snapshot is a copy of the machine's directory.
 
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::sleep;
-use std::time::Duration;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use blobcr_guest_fake_host::refusal;
 use blobcr_proto::v1::channel_request::Request;
@@ -14,6 +12,23 @@ use blobcr_proto::v1::channel_request::Request;
 use crate::job::{Job, Mpi, hash};
 
 const ITERATIONS: usize = 60;
+
+/// When a rank is killed.
+struct Moment {
+    /// The set that a machine is asked to join, ...
+    set: u64,
+    /// ... that machine, ...
+    vm: usize,
+    /// ... and whether it does.
+    joins: bool,
+}
+
+/// A run after the other; each takes three sets or more before it ends.
+const MOMENTS: [Moment; 3] = [
+    Moment { set: 3, vm: 1, joins: false },
+    Moment { set: 6, vm: 0, joins: true },
+    Moment { set: 9, vm: 1, joins: true },
+];
 const ARGUMENTS: [&str; 4] = ["48", "48", "60", "5"];
 
 fn copy(from: &Path, to: &Path) {
@@ -65,36 +80,29 @@ fn a_killed_job_goes_on_from_the_newest_complete_set() {
         let heat = undisturbed.compile("examples/heat.c", &["-lblobcr_mpi"]);
         let (expected, _) = undisturbed.run(&heat, &ARGUMENTS);
 
-        // Once, a rank dies when one machine has joined a set and the other has not.
-        let killed_half_way = Arc::new(AtomicBool::new(false));
-        let (half_way, program) = (killed_half_way.clone(), heat.clone());
+        // The moments are those of the host's calls, so that no run is quicker than its killer.
+        let kills = Arc::new(AtomicUsize::new(0));
+        let (killed, program) = (kills.clone(), heat.clone());
         let job = Job::refused(mpi, move |disk, vm, request| {
             let Request::Checkpoint(request) = request else { return None };
             let sequence = request.set.as_ref().unwrap().sequence;
-            if vm == 1 && sequence == 3 && !half_way.swap(true, Ordering::SeqCst) {
-                assert!(kill_one(&program, 0));
-                return Some(refusal(14, "the machine is gone"));
+            let moment =
+                MOMENTS.iter().position(|moment| (moment.set, moment.vm) == (sequence, vm));
+            let joins = moment.is_none_or(|at| MOMENTS[at].joins);
+            if joins {
+                copy(disk, &snapshot(disk.parent().unwrap(), vm, sequence));
             }
-            copy(disk, &snapshot(disk.parent().unwrap(), vm, sequence));
-            None
+            if let Some(at) = moment {
+                assert!(kill_one(&program, at));
+                killed.fetch_add(1, Ordering::SeqCst);
+            }
+            (!joins).then(|| refusal(14, "the machine is gone"))
         });
-        // The first time until it is killed half-way, then at moments of a fixed sequence.
-        let pauses = [60_000, 900, 500];
-        let mut kills = 0;
-        for (round, pause) in pauses.into_iter().enumerate() {
-            let mut child = job.start(&heat, &ARGUMENTS);
-            for _ in 0..pause / 10 {
-                if child.try_wait().unwrap().is_some() {
-                    break;
-                }
-                sleep(Duration::from_millis(10));
-            }
-            kills += usize::from(child.try_wait().unwrap().is_none() && kill_one(&heat, round));
-            job.end(child);
+        for round in 1..=MOMENTS.len() {
+            job.end(job.start(&heat, &ARGUMENTS));
+            assert_eq!(kills.load(Ordering::SeqCst), round, "{mpi:?}");
             roll_back(&job);
         }
-        assert!(killed_half_way.load(Ordering::SeqCst));
-        assert!(kills > 0, "it was always quicker than its killer");
         let (printed, _) = job.run(&heat, &ARGUMENTS);
         assert!(printed.contains("resumed at "), "{printed}");
         assert_eq!(hash(&printed), hash(&expected), "{mpi:?}");

@@ -197,10 +197,10 @@ catalog_of! {
     settle_debts(SettleDebtsRequest) -> SettleDebtsResponse: |s, r| Ok(s.debts.settle(&r));
     lead_steward(LeadStewardRequest) -> Steward: |s, r| Ok(s.steward.lead(r));
     get_steward(GetStewardRequest) -> Steward: |s, _r| Ok(s.steward.get());
-    add_to_set(AddToSetRequest) -> CheckpointSet: |s, r| s.sets.add(r, &s.images);
+    add_to_set(AddToSetRequest) -> CheckpointSet: |s, r| s.sets.add(r, &mut s.images);
     list_sets(ListSetsRequest) -> ListSetsResponse: |s, r| s.sets.list(&r, &s.images);
     latest_set(LatestSetRequest) -> CheckpointSet: |s, r| s.sets.latest(&r, &s.images);
-    begin_set(BeginSetRequest) -> CheckpointSet: |s, r| s.sets.begin(r, &s.images);
+    begin_set(BeginSetRequest) -> CheckpointSet: |s, r| s.sets.begin(r, &mut s.images);
     get_set(GetSetRequest) -> CheckpointSet: |s, r| s.sets.get(&r, &s.images);
     pin_set(PinSetRequest) -> CheckpointSet: |_s, _r| sets::keeps_all();
     unpin_set(PinSetRequest) -> CheckpointSet: |_s, _r| sets::keeps_all();

@@ -22,6 +22,18 @@ impl Images {
         Ok(self.pins.entry(key).or_insert(pin).clone())
     }
 
+    /// Pins what a set names: it may be pending still, or not have begun.
+    pub(super) fn pin_member(&mut self, image_id: u64, member: &v1::SetMember, holder: &str) {
+        let pin = v1::Pin {
+            image_id,
+            image: member.image.clone(),
+            number: member.number,
+            holder: holder.to_owned(),
+            created_unix_ms: unix_ms(),
+        };
+        self.pins.entry((image_id, member.number, holder.to_owned())).or_insert(pin);
+    }
+
     pub(super) fn unpin(&mut self, r: &v1::UnpinSnapshotRequest) -> v1::UnpinSnapshotResponse {
         self.pins.remove(&(r.image_id, r.number, r.holder.clone()));
         v1::UnpinSnapshotResponse {}

@@ -55,12 +55,13 @@ impl Sets {
     pub(super) fn add(
         &mut self,
         r: v1::AddToSetRequest,
-        images: &Images,
+        images: &mut Images,
     ) -> Answer<v1::CheckpointSet> {
         blobcr_proto::name::GroupName::new(r.group.as_str()).map_err(invalid)?;
         if r.expected_vms == 0 {
             return Err(invalid("a set has at least one VM"));
         }
+        let holder = format!("set {}/{}", r.group, r.sequence);
         let set = self.0.entry((r.group.clone(), r.sequence)).or_insert_with(|| Set {
             wire: v1::CheckpointSet {
                 group: r.group,
@@ -90,6 +91,7 @@ impl Sets {
                 None => {
                     let by_name = v1::ImageRef { name: wire.image.clone(), id: 0 };
                     let image_id = images.id_of(&by_name)?;
+                    images.pin_member(image_id, &wire, &holder);
                     set.members.push(Member { wire, image_id });
                 }
             }
@@ -101,7 +103,7 @@ impl Sets {
     pub(super) fn begin(
         &mut self,
         r: v1::BeginSetRequest,
-        images: &Images,
+        images: &mut Images,
     ) -> Answer<v1::CheckpointSet> {
         let sequence = self.of_group(&r.group).next().map_or(0, |set| set.wire.sequence) + 1;
         let v1::BeginSetRequest { group, expected_vms } = r;
