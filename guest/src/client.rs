@@ -27,6 +27,10 @@ use crate::target::Target;
 /// Until a request is sent again though nothing seems wrong; doubles up to [`RESEND_MAX`].
 const RESEND_FIRST: Duration = Duration::from_millis(500);
 const RESEND_MAX: Duration = Duration::from_secs(5);
+/// After a connection that the host ended; doubles up to [`AGAIN_MAX`]. Where the hypervisor forwards an
+/// address, each one costs it a process, also while there is no proxy behind it.
+const AGAIN_FIRST: Duration = Duration::from_millis(20);
+const AGAIN_MAX: Duration = Duration::from_millis(500);
 /// A wait asks again and again and leaves the port to other programs in between: a CHECKPOINT must
 /// not stand in line behind it. The pause grows by half, so a wait is late by half of its length.
 const WAIT_PAUSE_FIRST: Duration = Duration::from_millis(5);
@@ -225,7 +229,7 @@ fn answer(body: bytes::Bytes) -> Result<Reply, GuestError> {
 
 /// Sends the frame until its answer comes.
 fn exchange(link: &mut Link, frame: &Sent, deadline: Deadline) -> Result<bytes::Bytes, GuestError> {
-    let mut resend = RESEND_FIRST;
+    let (mut resend, mut again) = (RESEND_FIRST, AGAIN_FIRST);
     // Kept over a resend: an answer may have begun to arrive.
     let mut buffer = BytesMut::new();
     while !deadline.is_over() && link.ready(deadline)? {
@@ -236,7 +240,12 @@ fn exchange(link: &mut Link, frame: &Sent, deadline: Deadline) -> Result<bytes::
         {
             return Ok(body);
         }
-        resend = (resend * 2).min(RESEND_MAX);
+        if until.is_over() {
+            resend = (resend * 2).min(RESEND_MAX);
+        } else {
+            std::thread::sleep(again.min(deadline.left()));
+            again = (again * 2).min(AGAIN_MAX);
+        }
     }
     Err(GuestError::NoAnswer { state: link.state() })
 }

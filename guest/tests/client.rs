@@ -186,6 +186,23 @@ fn a_host_that_is_not_there_or_says_nothing_is_given_up_in_time() {
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
 }
 
+/// An address that the hypervisor forwards is always listened on; each connection to it costs the host a
+/// process, though there may be no proxy behind it.
+#[test]
+fn a_host_that_hangs_up_at_once_is_not_called_all_the_time() {
+    let (host, listener) = Host::new();
+    let hanging_up = spawn(move || {
+        // Until one says nothing: the last one does not.
+        let said = |stream: &UnixStream| Connection::new(stream).request().is_some();
+        listener.incoming().map_while(Result::ok).take_while(said).count()
+    });
+    let error = host.client().status(Deadline::after(Duration::from_secs(2))).unwrap_err();
+    assert!(matches!(error, GuestError::NoAnswer { .. }), "{error}");
+    drop(UnixStream::connect(&host.path));
+    let calls = hanging_up.join().unwrap();
+    assert!(calls < 20, "{calls} calls in two seconds");
+}
+
 /// Answers each question of a wait with the next of the replies, the last one for ever.
 fn answer_waits(listener: UnixListener, replies: Vec<Reply>) -> JoinHandle<usize> {
     spawn(move || {
