@@ -63,7 +63,7 @@ for program in blobcr-guest blobcr-guest-worker; do
     fi
 done
 
-stamp=$( { echo "$version $mib"; cat "$0" "$here"/init.* "$(command -v busybox)" \
+stamp=$( { echo "$version $mib"; cat "$0" "$here"/init.* "$here"/rollback "$(command -v busybox)" \
     "$target"/guest/blobcr-guest "$target"/guest/blobcr-guest-worker
     [ -z "$extra" ] || (cd "$extra" && find . ! -type d -print0 | LC_ALL=C sort -z | xargs -0 sha256sum); } |
     sha256sum)
@@ -105,7 +105,7 @@ cp "$(command -v busybox)" "$tree/bin/busybox"
 for applet in $(busybox --list); do
     [ -e "$tree/bin/$applet" ] || ln -s busybox "$tree/bin/$applet"
 done
-install -m 755 "$target/guest/blobcr-guest" "$target/guest/blobcr-guest-worker" "$tree/bin/"
+install -m 755 "$target/guest/blobcr-guest" "$target/guest/blobcr-guest-worker" "$here/rollback" "$tree/bin/"
 install -m 755 "$here/init.root" "$tree/sbin/init"
 [ -z "$extra" ] || cp -a "$extra/." "$tree/"
 rm -f "$out/disk.raw"

@@ -6,6 +6,7 @@
 //! | [`daemon`] | a single role as a process |
 //! | [`disk_file`] | files that stand for disks |
 //! | [`etcd`] | an etcd of one or several members |
+//! | [`ext4`] | disks with an ext4, looked at from the host |
 //! | [`integrity`] | what holds for every byte: random operations, and testers by others |
 //! | [`guest_image`] | the smallest real guest, built from Debian's packages |
 //! | [`job`] | an MPI job on two VMs, which loses one of them |
@@ -21,6 +22,7 @@ pub mod cluster;
 pub mod daemon;
 pub mod disk_file;
 pub mod etcd;
+pub mod ext4;
 pub mod guest_image;
 pub mod integrity;
 pub mod job;
