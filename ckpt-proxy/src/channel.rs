@@ -100,7 +100,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                     }
                 }
                 Event::FrameLate => {
-                    tracing::debug!(vm = %self.vm.name(), "a frame was left unfinished");
+                    if self.vm.may_log() {
+                        tracing::warn!(vm = %self.vm.name(), "a frame was left unfinished");
+                    }
                     self.buffer.advance(1);
                     self.noise += 1;
                     self.frame_until = None;
@@ -137,7 +139,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             match decode(&mut self.buffer) {
                 Decoded::Incomplete => return Ok(None),
                 Decoded::Skipped(bytes) => {
-                    tracing::debug!(vm = %self.vm.name(), bytes, "skipped what is no frame");
+                    // Once for all that comes together.
+                    if self.noise == 0 && self.vm.may_log() {
+                        tracing::warn!(vm = %self.vm.name(), bytes, "skipped what is no frame");
+                    }
                     self.frame_until = None;
                     self.noise += 1;
                     if self.noise > NOISE_MAX {
@@ -163,13 +168,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         let request = match self.check(body) {
             Ok(request) => request,
-            Err(status) => {
-                tracing::warn!(
-                    vm = %self.vm.name(), request_id, code = ?status.code(),
-                    error = status.message(), "request refused"
-                );
-                return self.answer(request_id, refusal(&status)).await;
-            }
+            Err(status) => return self.answer(request_id, refusal(&status)).await,
         };
         let task = answer_to(Arc::clone(&self.backend), Arc::clone(&self.vm), request);
         let handle = self.running.spawn(task);
@@ -207,6 +206,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     async fn answer(&mut self, request_id: u64, reply: ChannelReply) -> io::Result<Option<Ending>> {
+        if let Some(Reply::Error(error)) = &reply.reply
+            && is_the_guests_fault(error.code.into())
+            && self.vm.may_log()
+        {
+            tracing::warn!(
+                vm = %self.vm.name(), request_id, code = ?Code::from(error.code),
+                error = error.message, "request refused"
+            );
+        }
         let mut body = reply.encode_to_vec();
         if body.len() > BODY_BYTES_MAX {
             let status = Status::out_of_range("the answer does not fit a frame of the channel");
@@ -243,6 +251,12 @@ async fn answer_to(backend: Arc<Backend>, vm: Arc<Vm>, request: Request) -> Chan
         Ok(reply) => ChannelReply { reply: Some(reply) },
         Err(status) => refusal(&status),
     }
+}
+
+/// Whether a refusal says something of who asked, and not only how things are at the moment.
+fn is_the_guests_fault(code: Code) -> bool {
+    use Code::{InvalidArgument, PermissionDenied, ResourceExhausted, Unimplemented};
+    matches!(code, InvalidArgument | PermissionDenied | ResourceExhausted | Unimplemented)
 }
 
 /// A guest has no use for its host's paths.

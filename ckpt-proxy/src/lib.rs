@@ -15,6 +15,7 @@
 //! | `tcp` | the port for guests that come by a network, with a token |
 //! | `requests` | what a checkpoint, a wait and a status do, whoever sent them |
 //! | `sets` | what a VM may do with the checkpoint sets of its groups |
+//! | `lines` | how much of the log a VM can fill |
 //! | `answers` | first answers by idempotency key, so that a repeated request is no second checkpoint |
 //! | `upstream` | the mirror and the metadata service behind the requests |
 //! | `records` | `DIR/VM.json`, which outlives the process |
@@ -28,6 +29,7 @@ mod error;
 #[doc(hidden)]
 pub mod fuzzing;
 mod limits;
+mod lines;
 mod proxy;
 mod records;
 mod requests;

@@ -35,6 +35,13 @@ pub(crate) const SETS_BEGUN_MAX: u32 = 600;
 /// Connections over TCP that have not said yet whose they are.
 pub(crate) const GREETINGS_MAX: usize = 64;
 
+/// Of those, from one address: a guest that holds all that it can leaves room for the others.
+pub(crate) const GREETINGS_PER_ADDRESS_MAX: usize = 8;
+
+/// Lines of the log within ten seconds that one VM can cause by what costs it nothing. The quickest
+/// jobs cause one a second; a guest that does nothing else makes some 100 MB a day of it.
+pub(crate) const LINES_MAX: u32 = 100;
+
 /// Bytes read from a connection at a time: one frame of the largest size.
 pub(crate) const READ_BYTES: usize = 64 << 10;
 

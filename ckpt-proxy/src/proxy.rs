@@ -16,6 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::error::ProxyError;
 use crate::limits::{DISKS_PER_VM_MAX, GROUPS_PER_VM_MAX, Limits, VMS_MAX};
+use crate::lines::Lines;
 use crate::records::{self, VmRecord};
 use crate::requests::{Backend, Vm};
 use crate::served::{Channel, Served, Vms};
@@ -407,6 +408,7 @@ impl Inner {
             vms: self.vms.clone(),
             tasks: self.channels.clone(),
             closing: self.closing.clone(),
+            lines: Lines::default(),
         };
         let ended = self.closing.clone();
         self.channels

@@ -16,6 +16,7 @@ use tonic::{Code, Status};
 
 use crate::answers::{Answers, Claim, Ticket};
 use crate::limits::{CHECKPOINTS_MAX, KEY_BYTES_MAX, Limits, WAITS_MAX};
+use crate::lines::Lines;
 use crate::records::VmRecord;
 use crate::sets;
 use crate::upstream::Upstream;
@@ -43,6 +44,7 @@ pub(crate) struct Vm {
     waits: Semaphore,
     follows: Arc<Semaphore>,
     pub(crate) begun: sets::Begun,
+    lines: Lines,
 }
 
 impl Vm {
@@ -53,11 +55,17 @@ impl Vm {
             waits: Semaphore::new(WAITS_MAX),
             follows: Arc::new(Semaphore::new(2 * CHECKPOINTS_MAX)),
             begun: sets::Begun::default(),
+            lines: Lines::default(),
         }
     }
 
     pub(crate) fn name(&self) -> &VmName {
         &self.record.name
+    }
+
+    /// Whether there may be one more line in the log about what this VM did.
+    pub(crate) fn may_log(&self) -> bool {
+        self.lines.allow(self.name().as_str())
     }
 }
 
@@ -76,11 +84,15 @@ pub(crate) async fn checkpoint(
     let key = check_key(request.idempotency_key)?;
     let answer = match vm.answers.claim(&key, set.as_ref())? {
         Claim::Repeated(answer) => {
-            tracing::info!(vm = %vm.name(), key, "a checkpoint was asked for again");
+            if vm.may_log() {
+                tracing::info!(vm = %vm.name(), key, "a checkpoint was asked for again");
+            }
             answer
         }
         Claim::First(ticket, answer) => {
-            tracing::info!(vm = %vm.name(), key, ?set, "checkpoint requested");
+            if vm.may_log() {
+                tracing::info!(vm = %vm.name(), key, ?set, "checkpoint requested");
+            }
             let work = run(Arc::clone(backend), Arc::clone(vm), key, set, ticket);
             let stopping = backend.stopping.clone();
             backend.tasks.spawn(async move { stopping.run_until_cancelled(work).await });
@@ -111,10 +123,11 @@ async fn run(
             }
             follow(&backend, &vm, &reply.snapshots);
         }
-        Err(status) => tracing::warn!(
+        Err(status) if vm.may_log() => tracing::warn!(
             vm = %vm.name(), key, elapsed_us, code = ?status.code(), error = status.message(),
             "checkpoint failed"
         ),
+        Err(_) => {}
     }
     ticket.finish(outcome);
 }

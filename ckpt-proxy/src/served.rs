@@ -32,7 +32,7 @@ impl Served {
     /// A place for one more connection.
     pub(crate) fn place(&self) -> Option<OwnedSemaphorePermit> {
         let place = Arc::clone(&self.places).try_acquire_owned().ok();
-        if place.is_none() {
+        if place.is_none() && self.vm.may_log() {
             tracing::warn!(vm = %self.vm.name(), "too many connections, closed the newest");
         }
         place
@@ -92,12 +92,17 @@ pub(crate) async fn connection<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     buffer: BytesMut,
 ) {
-    tracing::info!(vm = %vm.name(), "connected");
+    if vm.may_log() {
+        tracing::info!(vm = %vm.name(), "connected");
+    }
     let rest = backend.limits.rest;
     match channel::serve(backend, Arc::clone(&vm), stream, buffer).await {
-        Ending::Closed => tracing::info!(vm = %vm.name(), "disconnected"),
+        Ending::Closed if vm.may_log() => tracing::info!(vm = %vm.name(), "disconnected"),
+        Ending::Closed => {}
         Ending::Misbehaved(why) => {
-            tracing::warn!(vm = %vm.name(), why, "connection closed");
+            if vm.may_log() {
+                tracing::warn!(vm = %vm.name(), why, "connection closed");
+            }
             // Its place stays taken meanwhile, which slows down one that keeps doing it.
             tokio::time::sleep(rest).await;
         }

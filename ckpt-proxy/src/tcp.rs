@@ -3,9 +3,10 @@
 //! A connection says first whose it is, by a token that only that VM was given; until then it costs
 //! the proxy one place and a little time. From then on it is a channel like any other.
 
+use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use blobcr_proto::channel::{Decoded, Frame, decode};
 use blobcr_proto::v1::channel_reply::Reply;
@@ -16,14 +17,14 @@ use bytes::BytesMut;
 use prost::Message;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
 
 use crate::channel;
-use crate::limits::{GREETINGS_MAX, READ_BYTES};
+use crate::limits::{GREETINGS_MAX, GREETINGS_PER_ADDRESS_MAX, READ_BYTES};
+use crate::lines::Lines;
 use crate::requests::Backend;
 use crate::served::{Served, Vms, connection};
 
@@ -41,18 +42,60 @@ pub(crate) fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(listener)
 }
 
+/// How many connections from each address have not said yet whose they are.
+#[derive(Clone, Default)]
+struct Greetings(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+/// The place of one of them.
+struct Greeting {
+    address: IpAddr,
+    all: Greetings,
+}
+
+impl Greetings {
+    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        self.0.lock().expect("nothing panics while it holds this")
+    }
+
+    fn place(&self, address: IpAddr) -> Option<Greeting> {
+        let mut all = self.lock();
+        let here = all.get(&address).copied().unwrap_or(0);
+        if here >= GREETINGS_PER_ADDRESS_MAX || all.values().sum::<usize>() >= GREETINGS_MAX {
+            return None;
+        }
+        all.insert(address, here + 1);
+        Some(Greeting { address, all: self.clone() })
+    }
+}
+
+impl Drop for Greeting {
+    fn drop(&mut self) {
+        let mut all = self.all.lock();
+        match all.get(&self.address).copied() {
+            Some(here) if here > 1 => drop(all.insert(self.address, here - 1)),
+            _ => drop(all.remove(&self.address)),
+        }
+    }
+}
+
 /// The listener for all VMs that have a token.
 pub(crate) struct Guests {
     pub(crate) backend: Arc<Backend>,
     pub(crate) vms: Vms,
     pub(crate) tasks: TaskTracker,
     pub(crate) closing: CancellationToken,
+    /// About those that have not said whose they are.
+    pub(crate) lines: Lines,
 }
 
 impl Guests {
+    fn may_log(&self) -> bool {
+        self.lines.allow("connections over TCP")
+    }
+
     pub(crate) async fn accept(self, listener: TcpListener) {
         let guests = Arc::new(self);
-        let greetings = Arc::new(Semaphore::new(GREETINGS_MAX));
+        let greetings = Greetings::default();
         loop {
             let (stream, peer) = match listener.accept().await {
                 Ok(accepted) => accepted,
@@ -62,8 +105,10 @@ impl Guests {
                     continue;
                 }
             };
-            let Ok(greeting) = Arc::clone(&greetings).try_acquire_owned() else {
-                tracing::warn!(%peer, "too many connections that have not said whose they are");
+            let Some(greeting) = greetings.place(peer.ip()) else {
+                if guests.may_log() {
+                    tracing::warn!(%peer, "too many connections that have not said whose they are");
+                }
                 continue;
             };
             let (ended, serving) = (guests.closing.clone(), Arc::clone(&guests));
@@ -95,7 +140,9 @@ impl Guests {
             Ok(Ok(Some(frame))) => frame,
             Ok(Ok(None) | Err(_)) => return None,
             Err(_) => {
-                tracing::warn!(%peer, "did not say in time whose connection it is");
+                if self.may_log() {
+                    tracing::warn!(%peer, "did not say in time whose connection it is");
+                }
                 return None;
             }
         };
@@ -106,7 +153,9 @@ impl Guests {
                 ChannelReply { reply: Some(Reply::Hello(HelloReply { vm })) }
             }
             Err(status) => {
-                tracing::warn!(%peer, error = status.message(), "connection over TCP refused");
+                if self.may_log() {
+                    tracing::warn!(%peer, error = status.message(), "connection over TCP refused");
+                }
                 // Whoever guesses is to have little of it.
                 tokio::time::sleep(limits.rest).await;
                 channel::refusal(status)

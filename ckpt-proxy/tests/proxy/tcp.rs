@@ -3,16 +3,18 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use blobcr_ckpt_proxy::NewVm;
+use blobcr_ckpt_proxy::{Limits, NewVm};
 use blobcr_proto::v1;
 use blobcr_proto::v1::Hello;
 use blobcr_proto::v1::channel_reply::Reply;
 use blobcr_proto::v1::channel_request::Request;
 use bytes::BytesMut;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tonic::Code;
 
-use crate::peer::{Peer, Setup, checkpoint, in_time, new_vm, raw_frame, status, until};
+use crate::peer::{
+    HUNG, Peer, Setup, checkpoint, in_time, new_vm, quick, raw_frame, status, until,
+};
 
 /// The VM `three` (disk `d`) with a token.
 async fn with_token(setup: &Setup) -> v1::Vm {
@@ -133,6 +135,25 @@ async fn who_says_nothing_or_noise_is_let_go_and_disturbs_nobody() {
     half.raw(&raw_frame(1, vec![0; 60_000])[..100]).await;
     assert!(half.answer().await.is_none());
     assert_eq!(setup.peer("one").await.checkpoint(3, "m").await.vm, "one");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_address_leaves_room_for_the_others() {
+    // Nobody is let go while this lasts.
+    let setup = Setup::with(Limits { frame: HUNG, ..quick() }).await;
+    let vm = with_token(&setup).await;
+    let mut silent = Vec::new();
+    for _ in 0..80 {
+        silent.push(dial(&vm).await);
+    }
+    assert!(dial(&vm).await.answer().await.is_none(), "its places are taken");
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let stream = socket.connect(vm.address.parse().unwrap()).await.unwrap();
+    let mut other = Peer { stream, buffer: BytesMut::new() };
+    other.send(1, hello("three", &vm.token)).await;
+    assert!(matches!(other.answer().await, Some((1, Reply::Hello(_)))));
+    assert_eq!(other.checkpoint(2, "k").await.vm, "three");
 }
 
 #[tokio::test(flavor = "multi_thread")]
