@@ -31,6 +31,8 @@ pub enum Which {
     Node(usize),
     /// A mirror.
     Mirror(usize),
+    /// The proxy of the mirror with that number.
+    Proxy(usize),
 }
 
 /// How a process is away.
@@ -49,6 +51,7 @@ pub enum Outage {
 #[derive(Debug)]
 pub struct Roles {
     // In the order in which they end: mirrors need the others to end at once.
+    proxies: Vec<Role>,
     mirrors: Vec<Role>,
     steward: Option<Role>,
     nodes: Vec<Role>,
@@ -83,9 +86,11 @@ impl Roles {
                 Some(Etcd::start_on(hosts)?)
             }
         };
-        let (mirrors, nodes, metadata, away) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (proxies, mirrors) = (Vec::new(), Vec::new());
+        let (nodes, metadata, away) = (Vec::new(), Vec::new(), Vec::new());
         // What was started ends with it when the next one does not start.
-        let mut roles = Self { mirrors, steward: None, nodes, metadata, etcd, away, network, dir };
+        let mut roles =
+            Self { proxies, mirrors, steward: None, nodes, metadata, etcd, away, network, dir };
         for number in 0..plan.metadata {
             roles.start_metadata(plan, number)?;
         }
@@ -94,6 +99,9 @@ impl Roles {
         }
         for number in 0..plan.mirrors {
             roles.start_mirror(number)?;
+            if plan.proxies {
+                roles.start_proxy(number)?;
+            }
         }
         if plan.steward {
             let args = ["steward", "--metadata", &roles.servers(0)].map(str::to_owned).to_vec();
@@ -145,6 +153,18 @@ impl Roles {
         Ok(())
     }
 
+    fn start_proxy(&mut self, number: usize) -> Result<()> {
+        let host = self.network.host()?;
+        let own = self.path("proxy", number);
+        let (guests, mirror) = (host.address(1).to_string(), self.mirrors[number].address());
+        let more =
+            [("--mirror", &*mirror), ("--sockets", &own.to_string_lossy()), ("--guests", &guests)];
+        let args = arguments("proxy", &host, &more);
+        let name = format!("proxy{}", number + 1);
+        self.proxies.push(Role::start(self.dir.path(), &name, host, args)?);
+        Ok(())
+    }
+
     /// The addresses of all metadata servers, another one first for each `number`.
     #[must_use]
     pub fn servers(&self, number: usize) -> String {
@@ -159,6 +179,7 @@ impl Roles {
             Which::Metadata(number) => self.metadata.get(number),
             Which::Node(number) => self.nodes.get(number),
             Which::Mirror(number) => self.mirrors.get(number),
+            Which::Proxy(number) => self.proxies.get(number),
         };
         found.with_context(|| format!("there is no {which:?}"))
     }
@@ -169,6 +190,7 @@ impl Roles {
             Which::Metadata(number) => self.metadata.get_mut(number),
             Which::Node(number) => self.nodes.get_mut(number),
             Which::Mirror(number) => self.mirrors.get_mut(number),
+            Which::Proxy(number) => self.proxies.get_mut(number),
         };
         found.with_context(|| format!("there is no {which:?}"))
     }
@@ -177,7 +199,11 @@ impl Roles {
         self.etcd.as_mut().context("there is no etcd")
     }
 
-    fn host(&self, which: Which) -> Result<&Host> {
+    /// Where a process lives.
+    ///
+    /// # Errors
+    /// When there is no such process.
+    pub fn host(&self, which: Which) -> Result<&Host> {
         match which {
             Which::Etcd(at) => Ok(self.etcd.as_ref().context("there is no etcd")?.host(at)),
             _ => Ok(&self.role(which)?.host),
@@ -295,8 +321,9 @@ impl Roles {
     }
 
     fn all_mut(&mut self) -> impl Iterator<Item = &mut Role> {
-        let Self { mirrors, steward, nodes, metadata, .. } = self;
-        mirrors.iter_mut().chain(steward).chain(nodes).chain(metadata)
+        let Self { proxies, mirrors, steward, nodes, metadata, .. } = self;
+        let host = proxies.iter_mut().chain(mirrors);
+        host.chain(steward).chain(nodes).chain(metadata)
     }
 
     /// Stops all of them, and asserts that they do so without complaint.
@@ -313,10 +340,27 @@ impl Roles {
         Ok(())
     }
 
+    /// What one of them said.
+    ///
+    /// # Errors
+    /// When there is no such process.
+    pub fn log_of(&self, which: Which) -> Result<String> {
+        Ok(fs::read_to_string(&self.role(which)?.log)?)
+    }
+
+    /// The process that it is now.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn pid(&self, which: Which) -> Result<u32> {
+        Ok(self.role(which)?.daemon.as_ref().context("it does not run")?.pid())
+    }
+
     /// What all of them said.
     #[must_use]
     pub fn log(&self) -> String {
-        let all = self.mirrors.iter().chain(&self.steward).chain(&self.nodes).chain(&self.metadata);
+        let host = self.proxies.iter().chain(&self.mirrors);
+        let all = host.chain(&self.steward).chain(&self.nodes).chain(&self.metadata);
         let read = |log: &PathBuf| fs::read_to_string(log).unwrap_or_default();
         let logs = all.map(|role| format!("--- {}\n{}", role.log.display(), read(&role.log)));
         logs.chain(self.etcd.as_ref().map(Etcd::log)).collect()

@@ -11,6 +11,8 @@ pub struct Plan {
     pub nodes: usize,
     /// Mirrors, each of which stands for a host of virtual machines.
     pub mirrors: usize,
+    /// Whether each mirror has a proxy beside it, which serves guests over TCP too.
+    pub proxies: bool,
     /// Whether a steward runs.
     pub steward: bool,
     /// The policy of the pool `default`.
@@ -29,6 +31,7 @@ impl Default for Plan {
             metadata: 1,
             nodes: 1,
             mirrors: 1,
+            proxies: false,
             steward: false,
             pool: "replica:1".to_owned(),
             node_down_after: 60,
