@@ -73,8 +73,7 @@ fn whatever_was_done_to_files_after_a_checkpoint_is_undone() -> Result<()> {
     let copy = Ext4::copy_of(Path::new(&fresh), &cluster.scratch().join("copy"))?;
     copy.replay()?;
     copy.check()?;
-    let again =
-        listing_of(&image, Path::new(&fresh), "again", &cluster.scratch().join("again"))?;
+    let again = listing_of(&image, Path::new(&fresh), "again", &cluster.scratch().join("again"))?;
     let (lost, kept) = (differences(&before, &again), differences(&again, &before));
     ensure!(again == before, "not undone: {kept:#?}\nlost: {lost:#?}");
 
