@@ -7,6 +7,7 @@
 //! | [`disk_file`] | files that stand for disks |
 //! | [`etcd`] | an etcd of one or several members |
 //! | [`ext4`] | disks with an ext4, looked at from the host |
+//! | [`hosted`] | VMs on a host whose proxy is a process of its own |
 //! | [`integrity`] | what holds for every byte: random operations, and testers by others |
 //! | [`guest_image`] | the smallest real guest, built from Debian's packages |
 //! | [`job`] | an MPI job on two VMs, which loses one of them |
@@ -24,6 +25,7 @@ pub mod disk_file;
 pub mod etcd;
 pub mod ext4;
 pub mod guest_image;
+pub mod hosted;
 pub mod integrity;
 pub mod job;
 pub mod mounted;

@@ -108,6 +108,55 @@ impl Host {
     }
 }
 
+/// A network of two addresses: the host's, and that of the guest behind it.
+#[derive(Debug)]
+pub struct Tap {
+    number: u8,
+}
+
+impl Host {
+    /// Makes a tap for a guest. The guest reaches its host only, by all of the host's addresses.
+    ///
+    /// # Errors
+    /// When the host is on loopback, or it cannot be made.
+    pub fn tap(&self, number: u8) -> Result<Tap> {
+        let namespace = self.namespace.as_ref().context("a tap is for a host of its own")?;
+        namespace.ip(&format!(
+            "tuntap add dev tap{number} mode tap\n\
+             address add 10.78.{number}.1/30 dev tap{number}\n\
+             link set tap{number} up\n"
+        ))?;
+        Ok(Tap { number })
+    }
+}
+
+impl Tap {
+    /// The guest's address.
+    #[must_use]
+    pub fn guest(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 78, self.number, 2)
+    }
+
+    /// What the guest's shell has to run.
+    #[must_use]
+    pub fn guest_setup(&self) -> String {
+        let number = self.number;
+        format!(
+            "ip link set eth0 up; ip addr add 10.78.{number}.2/30 dev eth0; \
+             ip route add default via 10.78.{number}.1; "
+        )
+    }
+
+    /// What QEMU is to be started with, where the host's network is seen.
+    #[must_use]
+    pub fn qemu_args(&self) -> Vec<String> {
+        let number = self.number;
+        let netdev = format!("tap,id=net,ifname=tap{number},script=no,downscript=no");
+        let device = format!("virtio-net-pci,netdev=net,mac=52:54:00:7a:00:{number:02x}");
+        ["-netdev", &netdev, "-device", &device].map(str::to_owned).to_vec()
+    }
+}
+
 /// A network of one test.
 #[derive(Debug)]
 pub struct Network {

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 
+use crate::daemon::blobcr;
 use crate::guest_image::GuestImage;
 
 const QEMU: &str = "qemu-system-x86_64";
@@ -82,6 +83,9 @@ pub struct VmSpec {
     pub channel: Option<PathBuf>,
     /// The network that it shares with another VM.
     pub link: Option<Link>,
+    /// More of QEMU's arguments, such as `blobcr vm add` prints. A `blobcr` in them is the one that
+    /// was built beside the tests.
+    pub arguments: Vec<String>,
     /// The shell command that the guest runs before it halts.
     pub run: String,
     /// MiB of memory.
@@ -109,6 +113,7 @@ impl VmSpec {
             aio,
             channel: None,
             link: None,
+            arguments: Vec::new(),
             run: String::new(),
             memory_mib: 256,
             cpus: 1,
@@ -171,6 +176,12 @@ impl VmSpec {
                 .arg(format!("stream,id=job,addr.type=unix,addr.path={socket},{role}"))
                 .arg("-device")
                 .arg(format!("virtio-net-pci,netdev=job,mac=52:54:00:b1:0b:{number:02x}"));
+        }
+        if !self.arguments.is_empty() {
+            let own = blobcr()?.parent().map(Path::to_owned).context("no directory")?;
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            let all = std::iter::once(own).chain(std::env::split_paths(&path));
+            command.args(&self.arguments).env("PATH", std::env::join_paths(all)?);
         }
         if let Some(uid) = self.uid {
             use std::os::unix::process::CommandExt;
