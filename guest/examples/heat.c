@@ -192,6 +192,26 @@ static void checkpoint(void)
 #endif
 }
 
+/*
+ * In MPICH before 4.2 over UCX, a rank that ends while another is still in its last call, or still
+ * greets it, can leave the other waiting in MPI_Finalize for ever (pmodels/mpich#6596). So all ranks
+ * meet when they begin, and come out of their last call before one ends.
+ */
+static void meet(void)
+{
+    int *all = calloc(2 * (size_t)size, sizeof *all);
+    if (all == NULL)
+        fail("memory");
+    MPI_Alltoall(all, 1, MPI_INT, all + size, 1, MPI_INT, MPI_COMM_WORLD);
+    free(all);
+}
+
+static void end_together(void)
+{
+    MPI_Barrier(MPI_COMM_WORLD);
+    sleep(1);
+}
+
 int main(int argc, char **argv)
 {
     uint64_t iterations, every;
@@ -218,6 +238,7 @@ int main(int argc, char **argv)
     next = calloc((size_t)((rows + 2) * nx), sizeof *next);
     if (now == NULL || next == NULL)
         fail("memory");
+    meet();
     begin();
     if (rank == 0) {
         char path[4096];
@@ -246,9 +267,7 @@ int main(int argc, char **argv)
         fail("log");
     free(now);
     free(next);
-    /* MPICH over UCX can wait in MPI_Finalize for ever when the last message was the first one between
-     * its two ranks: who has it no longer answers the other's greeting. Here all still do. */
-    MPI_Barrier(MPI_COMM_WORLD);
+    end_together();
     MPI_Finalize();
     return 0;
 }
