@@ -233,8 +233,10 @@ fn exchange(link: &mut Link, frame: &Sent, deadline: Deadline) -> Result<bytes::
     // Kept over a resend: an answer may have begun to arrive.
     let mut buffer = BytesMut::new();
     while !deadline.is_over() && link.ready(deadline)? {
+        // A refusal comes late on purpose, and asking again meanwhile would only be refused again.
+        let greeted = greet(link, &mut buffer, deadline.or_after(RESEND_MAX))?;
         let until = deadline.or_after(resend);
-        if greet(link, &mut buffer, until)?
+        if greeted
             && send(link, &frame.bytes, until)?
             && let Some(body) = receive(link, frame.id, &mut buffer, until)?
         {
