@@ -102,6 +102,14 @@ do_node-soak() {
   exec target/release/blobcr-node-soak "$@"
 }
 
+# job-soak [SEEDS] A parallel job in two VMs that loses one of them again and again, seed after seed
+do_job-soak() {
+  step "Install what is missing"
+  tests/setup.sh
+  cargo build --release --locked -p blobcr-cli -p blobcr-tests --bins
+  exec target/release/blobcr-job-soak "$@"
+}
+
 # fuzz [S] [T..] Fuzz every decoder of disk and wire formats, or the targets T of tests/fuzz, for S (600) seconds each
 do_fuzz() {
   local seconds=600 target targets=() outcome=0 scratch

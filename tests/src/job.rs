@@ -31,6 +31,8 @@ pub enum Moment {
     BetweenJoins,
     /// When all have joined a set that is not stable yet.
     WhilePending,
+    /// When it goes on from a set and has taken no other one yet; only after a restart.
+    BeforeASet,
 }
 
 /// The job: `heat NX NY ITERATIONS EVERY DIR`.
@@ -85,6 +87,8 @@ pub struct Job<'c> {
     cluster: &'c Cluster,
     image: GuestImage,
     heat: Heat,
+    /// The guest's command that makes it a machine of the job.
+    node: &'static str,
     /// The guest's command that runs it, before the numbers.
     program: &'static str,
     starts: u32,
@@ -103,7 +107,16 @@ impl<'c> Job<'c> {
         program: &'static str,
     ) -> Result<Self> {
         cluster.import(&image.disk, "job")?;
-        Ok(Self { cluster, image: image.clone(), heat, program, starts: 0 })
+        Ok(Self { cluster, image: image.clone(), heat, node: "job-node", program, starts: 0 })
+    }
+
+    /// The same for a program that saves nothing: CRIU does, from outside.
+    ///
+    /// # Errors
+    /// When it cannot be imported.
+    pub fn by_images(cluster: &'c Cluster, image: &GuestImage, heat: Heat) -> Result<Self> {
+        let program = "-env LD_PRELOAD /usr/lib/libblobcr_mpi.so heat-closed";
+        Ok(Self { node: "job-criu", ..Self::new(cluster, image, heat, program)? })
     }
 
     /// Attaches a disk for each VM and gives it its channel.
@@ -139,8 +152,8 @@ impl<'c> Job<'c> {
             let node = &nodes[number];
             let args = self.heat.args(Path::new("/root/job")).join(" ");
             let run = match number {
-                0 => format!("job-node 0 {} {args}", self.program),
-                _ => format!("job-node {number}"),
+                0 => format!("{} 0 {} {args}", self.node, self.program),
+                _ => format!("{} {number}", self.node),
             };
             let spec = VmSpec {
                 channel: Some(node.socket.clone()),
@@ -171,30 +184,34 @@ impl<'c> Job<'c> {
         moment: Moment,
         say: Say<'_>,
     ) -> Result<()> {
+        if moment == Moment::BeforeASet {
+            return kill(vms, victim, say);
+        }
         let before = self.newest_stable()?;
         let is_new = |set: &Value| set["set"].as_u64() > before;
         let first = self.wait_for_set(vms, BOOT, |set| is_new(set) && set["state"] == "stable")?;
         say(&format!("set {} is stable", first["set"]));
+        // One that was left by an earlier kill is none of these.
+        let is_later = |set: &Value| set["set"].as_u64() > first["set"].as_u64();
         match moment {
+            Moment::BeforeASet => {}
             Moment::After(time) => std::thread::sleep(time),
             Moment::BetweenJoins => {
                 // Without a channel it asks in vain, and the other one joins without it.
                 self.cluster.json(&["vm", "remove", &format!("node{victim}")])?;
-                let alone = |set: &Value| set["state"] == "incomplete" && set["joined_vms"] == 1;
+                let alone = |set: &Value| {
+                    is_later(set) && set["state"] == "incomplete" && set["joined_vms"] == 1
+                };
                 let set = self.wait_for_set(vms, SOON, alone)?;
                 say(&format!("set {} has one VM of two", set["set"]));
             }
             Moment::WhilePending => {
-                let set = self.wait_for_set(vms, SOON, |set| set["state"] == "pending")?;
+                let pending = |set: &Value| is_later(set) && set["state"] == "pending";
+                let set = self.wait_for_set(vms, SOON, pending)?;
                 say(&format!("set {} is pending", set["set"]));
             }
         }
-        say(&format!(
-            "kill -9 VM {victim} (process {}), and switch the other off",
-            vms[victim].pid()
-        ));
-        vms[victim].kill()?;
-        vms[1 - victim].kill()
+        kill(vms, victim, say)
     }
 
     fn newest_stable(&self) -> Result<Option<u64>> {
@@ -228,20 +245,29 @@ impl<'c> Job<'c> {
         }
     }
 
+    /// Starts all VMs from the newest set that counts, and kills one again, as [`Self::run_and_kill`].
+    ///
+    /// # Errors
+    /// When it does not go on from there, or the moment does not come.
+    pub fn resume_and_kill(&mut self, victim: usize, moment: Moment, say: Say<'_>) -> Result<()> {
+        let mut vms = self.restart(say)?;
+        self.kill_at(&mut vms, victim, moment, say)
+    }
+
+    fn restart(&mut self, say: Say<'_>) -> Result<[Vm; 2]> {
+        let (nodes, set) = self.restarted()?;
+        say(&format!("restart all from set {set}"));
+        let mut vms = self.boot(&nodes)?;
+        self.goes_on(&mut vms[0], set, say)?;
+        Ok(vms)
+    }
+
     /// Starts all VMs from the newest set that counts, and returns what the job ended with.
     ///
     /// # Errors
     /// When it does not go on from there to its end, or its files are not those of an undisturbed run.
     pub fn resume(&mut self, say: Say<'_>) -> Result<String> {
-        let (nodes, set) = self.restarted()?;
-        say(&format!("restart all from set {set}"));
-        let mut vms = self.boot(&nodes)?;
-        let resumed = vms[0].wait_for("resumed at ", BOOT)?;
-        say(&resumed);
-        let at: u64 = resumed.rsplit(' ').next().unwrap_or_default().parse()?;
-        // Who does not choose the moment is saved at any.
-        let chosen = self.program == "heat";
-        ensure!(at > 0 && (!chosen || at.is_multiple_of(self.heat.every)), "{resumed}");
+        let mut vms = self.restart(say)?;
         let hash = vms[0].wait_for("hash ", SOON)?;
         let ended = vms[0].wait_for("job: ended with", SOON)?;
         ensure!(ended.ends_with("with 0"), "{ended}\n{}", vms[0].console());
@@ -254,4 +280,28 @@ impl<'c> Job<'c> {
         vms[1].kill()?;
         Ok(hash.trim_start_matches("hash ").to_owned())
     }
+
+    /// Waits until it goes on from the set, not from the beginning.
+    fn goes_on(&self, vm: &mut Vm, set: u64, say: Say<'_>) -> Result<()> {
+        if self.node == "job-criu" {
+            let restarted = vm.wait_for("blobcr_mpi: restarted from the set ", BOOT)?;
+            say(&restarted);
+            ensure!(restarted.contains(&format!(" {GROUP}:{set}:2 ")), "{restarted}");
+            return Ok(());
+        }
+        let resumed = vm.wait_for("resumed at ", BOOT)?;
+        say(&resumed);
+        let at: u64 = resumed.rsplit(' ').next().unwrap_or_default().parse()?;
+        // Who does not choose the moment is saved at any.
+        let chosen = self.program == "heat";
+        ensure!(at > 0 && (!chosen || at.is_multiple_of(self.heat.every)), "{resumed}");
+        Ok(())
+    }
+}
+
+fn kill(vms: &mut [Vm; 2], victim: usize, say: Say<'_>) -> Result<()> {
+    let pid = vms[victim].pid();
+    say(&format!("kill -9 VM {victim} (process {pid}), and switch the other off"));
+    vms[victim].kill()?;
+    vms[1 - victim].kill()
 }

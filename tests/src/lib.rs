@@ -11,6 +11,7 @@
 //! | [`integrity`] | what holds for every byte: random operations, and testers by others |
 //! | [`guest_image`] | the smallest real guest, built from Debian's packages |
 //! | [`job`] | an MPI job on two VMs, which loses one of them |
+//! | [`job_soak`] | the same with losses that a seed chooses |
 //! | [`mounted`] | an attached disk: its file and its ioctls |
 //! | [`network`] | where processes live: loopback, or a network namespace each |
 //! | [`node_soak`] | nodes that die under load, for as long as one likes |
@@ -28,6 +29,7 @@ pub mod guest_image;
 pub mod hosted;
 pub mod integrity;
 pub mod job;
+pub mod job_soak;
 pub mod mounted;
 pub mod network;
 pub mod node_soak;
