@@ -18,6 +18,8 @@ packages+=(iproute2 util-linux)
 packages+=(protobuf-compiler libprotobuf-dev etcd-server etcd-client)
 # What compiles programs against the libraries for guests, and runs them as jobs of either MPI.
 packages+=(g++ gfortran pkg-config mpich libmpich-dev openmpi-bin libopenmpi-dev)
+# What saves the processes of a job, in the guest.
+packages+=(criu nftables)
 # QEMU 9.2 is the first whose sockets reconnect within milliseconds.
 qemu_packages=(qemu-system-x86 qemu-utils)
 qemu_min=9.2

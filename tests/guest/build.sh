@@ -7,6 +7,7 @@
 # Nothing is done again when nothing changed. Needs no root, only what tests/setup.sh installs.
 #   BLOBCR_GUEST_MIB    size of the root disk in MiB (128)
 #   BLOBCR_GUEST_EXTRA  a directory whose contents are copied into the root
+#   BLOBCR_GUEST_MODULES  modules that are put into the root's /etc/modules
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -14,6 +15,7 @@ root=$(cd "$here/../.." && pwd)
 out=${1:?usage: build.sh OUT}
 mib=${BLOBCR_GUEST_MIB:-128}
 extra=${BLOBCR_GUEST_EXTRA:-}
+root_modules=${BLOBCR_GUEST_MODULES:-}
 target=${CARGO_TARGET_DIR:-$root/target}
 cache=$target/guest-kernel
 modules="virtio_pci virtio_blk virtio_console virtio_net virtio-rng"
@@ -63,7 +65,7 @@ for program in blobcr-guest blobcr-guest-worker; do
     fi
 done
 
-stamp=$( { echo "$version $mib"; cat "$0" "$here"/init.* "$here"/rollback "$(command -v busybox)" \
+stamp=$( { echo "$version $mib $root_modules"; cat "$0" "$here"/init.* "$here"/rollback "$(command -v busybox)" \
     "$target"/guest/blobcr-guest "$target"/guest/blobcr-guest-worker
     [ -z "$extra" ] || (cd "$extra" && find . ! -type d -print0 | LC_ALL=C sort -z | xargs -0 sha256sum); } |
     sha256sum)
@@ -75,25 +77,31 @@ rm -f "$out/stamp"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+# Copies modules, and what they need, under names that sort as they must be loaded.
+put_modules() {
+    local to=$1 module verb file name n=0
+    shift
+    mkdir -p "$to"
+    for module in "$@"; do
+        # Prints "insmod FILE" for what must be loaded, in order, and "builtin NAME" for what need not be.
+        while read -r verb file _; do
+            [ "$verb" = insmod ] || continue
+            name=$(basename "$file" .xz)
+            compgen -G "$to/*-$name" >/dev/null && continue
+            n=$((n + 1))
+            case $file in
+                *.xz) xz -dc "$file" ;;
+                *) cat "$file" ;;
+            esac >"$to/$(printf '%02d' $n)-$name"
+        done < <(modprobe -d "$kernel" -S "$version" --show-depends "$module")
+    done
+}
+
 # --- the initramfs: just enough modules to find the disk
 tree=$work/initramfs
 mkdir -p "$tree"/{bin,dev,proc,sys,modules,root}
 cp "$(command -v busybox)" "$tree/bin/busybox"
-n=0
-for module in $modules; do
-    # Prints "insmod FILE" for what must be loaded, in order, and "builtin NAME" for what need not be.
-    while read -r verb file _; do
-        [ "$verb" = insmod ] || continue
-        name=$(basename "$file" .xz)
-        compgen -G "$tree/modules/*-$name" >/dev/null && continue
-        n=$((n + 1))
-        to=$tree/modules/$(printf '%02d' $n)-$name
-        case $file in
-            *.xz) xz -dc "$file" >"$to" ;;
-            *) cp "$file" "$to" ;;
-        esac
-    done < <(modprobe -d "$kernel" -S "$version" --show-depends "$module")
-done
+put_modules "$tree/modules" $modules
 install -m 755 "$here/init.initramfs" "$tree/init"
 (cd "$tree" && find . -print0 | LC_ALL=C sort -z |
     cpio --null -o -H newc -R 0:0 --reproducible --quiet | gzip -n -1) >"$out/initrd.img"
@@ -108,6 +116,7 @@ done
 install -m 755 "$target/guest/blobcr-guest" "$target/guest/blobcr-guest-worker" "$here/rollback" "$tree/bin/"
 install -m 755 "$here/init.root" "$tree/sbin/init"
 [ -z "$extra" ] || cp -a "$extra/." "$tree/"
+[ -z "$root_modules" ] || put_modules "$tree/etc/modules" $root_modules
 rm -f "$out/disk.raw"
 truncate -s "${mib}M" "$out/disk.raw"
 mke2fs -q -F -t ext4 -L blobcr-guest -E root_owner=0:0,lazy_itable_init=0,lazy_journal_init=0 \

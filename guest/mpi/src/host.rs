@@ -19,9 +19,14 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 pub(crate) fn machine(settings: &Settings) -> Result<u64, Failure> {
     let id = match &settings.vm_id {
         Some(id) => id.clone(),
-        None => fs::read_to_string(Path::new(BOOT_ID)).map_err(|e| Failure::io(BOOT_ID, &e))?,
+        None => boot_id()?,
     };
-    Ok(Hash::of(id.trim().as_bytes()).prefix())
+    Ok(Hash::of(id.as_bytes()).prefix())
+}
+
+pub(crate) fn boot_id() -> Result<String, Failure> {
+    let id = fs::read_to_string(Path::new(BOOT_ID)).map_err(|e| Failure::io(BOOT_ID, &e))?;
+    Ok(id.trim().to_owned())
 }
 
 /// Brings everything that was written onto this machine's disks.

@@ -11,6 +11,7 @@
 //! | `wrap`, `fortran` | functions of MPI that are wrapped |
 //! | `trigger` | when a wrapped call takes a checkpoint |
 //! | `save` | who saves the state of a program that knows nothing of it |
+//! | `images`, `probes` | process images, saved from outside; connections that outlive it |
 //! | `signal` | signals that were received |
 //! | `settings` | what the environment says |
 
@@ -19,8 +20,10 @@ mod failure;
 mod fortran;
 mod global;
 mod host;
+mod images;
 mod mpi;
 mod output;
+mod probes;
 mod save;
 mod settings;
 mod signal;

@@ -107,6 +107,11 @@ impl Mpi {
         })
     }
 
+    /// Whether it is MPICH, and UCX carries its messages.
+    pub(crate) fn is_mpich_over_ucx(&self) -> bool {
+        self.ints && symbol(c"ucp_init_version").is_some()
+    }
+
     /// Whether the handle is MPI_COMM_WORLD.
     pub(crate) fn is_world(&self, comm: Handle) -> bool {
         match self.ints {

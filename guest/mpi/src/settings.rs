@@ -59,6 +59,9 @@ pub(crate) enum Save {
     Command(String),
 }
 
+/// The BLOBCR_MPI_SAVE that is no command.
+const IMAGES: &str = "criu";
+
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) place: Place,
@@ -72,10 +75,14 @@ pub(crate) struct Settings {
     pub(crate) interval: Option<Duration>,
     pub(crate) signal: Option<c_int>,
     pub(crate) save: Option<Save>,
+    /// Whether the processes themselves are saved, from outside.
+    pub(crate) images: bool,
     pub(crate) exit_file: Option<PathBuf>,
     pub(crate) exit_signal: Option<c_int>,
     /// Whether the process was started with this library before its own.
     pub(crate) preloaded: bool,
+    /// What MPICH's messages may travel by.
+    pub(crate) transports: Option<String>,
 }
 
 impl Settings {
@@ -111,7 +118,7 @@ impl Settings {
                 ));
             }
             (Some(library), None) => Some(Save::Library(library)),
-            (None, Some(command)) => Some(Save::Command(command)),
+            (None, Some(command)) => Some(command).filter(|c| c != IMAGES).map(Save::Command),
             (None, None) => None,
         };
         let setting = |name: &str| get(name).map(|value| (name.to_owned(), value));
@@ -130,26 +137,28 @@ impl Settings {
             interval: setting("BLOBCR_MPI_INTERVAL_S").map(seconds).transpose()?,
             signal: setting("BLOBCR_MPI_SIGNAL").map(signal).transpose()?,
             save,
+            images: get("BLOBCR_MPI_SAVE").is_some_and(|how| how == IMAGES),
             exit_file: path("BLOBCR_MPI_EXIT_FILE"),
             exit_signal: setting("BLOBCR_MPI_EXIT_SIGNAL").map(signal).transpose()?,
             preloaded: get(PRELOAD).is_some_and(|list| list.contains("libblobcr_mpi")),
+            transports: get("UCX_TLS"),
         })
     }
 
     /// Whether checkpoints are taken without the program's doing, when it `exports` a function that
     /// saves its state, or not.
     pub(crate) fn triggers(&self, exports: bool) -> Result<bool, Failure> {
-        let saved = exports || self.save.is_some();
+        let saved = exports || self.save.is_some() || self.images;
         // A program that asks by itself may have an interval and a signal too.
         let triggered = self.every.is_some()
             || (self.interval.is_some() || self.signal.is_some()) && (saved || self.preloaded);
         if triggered && !saved {
             return Err(Failure::usage(
                 "nothing saves the state of the processes: set BLOBCR_MPI_HOOK to a library that \
-                 exports blobcr_mpi_save, or BLOBCR_MPI_SAVE to a command",
+                 exports blobcr_mpi_save, or BLOBCR_MPI_SAVE to a command or to criu",
             ));
         }
-        if !triggered && (self.preloaded || self.save.is_some()) {
+        if !triggered && (self.preloaded || self.save.is_some() || self.images) {
             return Err(Failure::usage(
                 "nothing tells when to take checkpoints: set BLOBCR_MPI_EVERY, \
                  BLOBCR_MPI_INTERVAL_S or BLOBCR_MPI_SIGNAL",
@@ -166,7 +175,8 @@ impl Settings {
 
     /// A number above 0 that is the same for all ranks whose checkpoints are due at the same calls.
     pub(crate) fn rule(&self) -> c_int {
-        let rule = format!("{:?} {:?} {:?}", self.every, self.interval, self.signal);
+        let Self { every, interval, signal, images, .. } = self;
+        let rule = format!("{every:?} {interval:?} {signal:?} {images}");
         (Hash::of(rule.as_bytes()).prefix() % c_int::MAX as u64) as c_int + 1
     }
 }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::failure::Failure;
 use crate::global::{agree, checkpoint};
+use crate::images::Images;
 use crate::mpi::{Comm, Handle, Mpi};
 use crate::save::{self, Saver};
 use crate::settings::{FUNCTIONS, Settings};
@@ -37,10 +38,18 @@ struct Active {
     settings: &'static Settings,
     /// A communicator of its own.
     comm: Comm,
-    saver: Saver,
+    way: Way,
     counts: [u64; FUNCTIONS.len()],
     clock: Clock,
     taken: u64,
+}
+
+/// What a checkpoint is made of.
+enum Way {
+    /// What each rank writes of its state.
+    States(Saver),
+    /// All processes.
+    Images(Images),
 }
 
 /// After MPI_Init: reads what is to be done, and ends the job when it cannot be.
@@ -84,7 +93,11 @@ fn prepare(world: &Comm) -> Result<Option<Active>, Failure> {
         settings.place.target()?;
         std::fs::create_dir_all(dir(settings)?)
             .map_err(|e| Failure::io("cannot make BLOBCR_MPI_DIR", &e))?;
-        Ok(Some((settings, Saver::find(settings)?)))
+        let way = match settings.images {
+            true => Way::Images(Images::find(settings, dir(settings)?)?),
+            false => Way::States(Saver::find(settings)?),
+        };
+        Ok(Some((settings, way)))
     })();
     // Even a rank that has nothing to do takes part: the others may have.
     let mine = agree(world, mine)?;
@@ -94,14 +107,17 @@ fn prepare(world: &Comm) -> Result<Option<Active>, Failure> {
         // They would wait for each other at different calls.
         return Err(Failure::usage(
             "the ranks have different BLOBCR_MPI_EVERY, BLOBCR_MPI_INTERVAL_S or \
-             BLOBCR_MPI_SIGNAL: set the same for all",
+             BLOBCR_MPI_SIGNAL, or only some BLOBCR_MPI_SAVE=criu: set the same for all",
         ));
     }
-    let Some((settings, saver)) = mine else { return Ok(None) };
+    let Some((settings, mut way)) = mine else { return Ok(None) };
     let comm = world.duplicate()?;
+    if let Way::Images(images) = &mut way {
+        images.try_out(&comm)?;
+    }
     let clock = Clock::new(settings.interval);
     let counts = [0; FUNCTIONS.len()];
-    Ok(Some(Active { settings, comm, saver, counts, clock, taken: 0 }))
+    Ok(Some(Active { settings, comm, way, counts, clock, taken: 0 }))
 }
 
 fn dir(settings: &Settings) -> Result<&Path, Failure> {
@@ -179,8 +195,17 @@ impl Active {
 
     fn take(&mut self) {
         let began = Instant::now();
-        let written = dir(self.settings).and_then(|dir| self.saver.save(&self.comm, dir));
-        let outcome = checkpoint(&self.comm, Ok(self.settings), written);
+        let outcome = match &mut self.way {
+            Way::States(saver) => {
+                let written = dir(self.settings).and_then(|dir| saver.save(&self.comm, dir));
+                let set = checkpoint(&self.comm, Ok(self.settings), written);
+                set.map(|set| format!("took the set {set}"))
+            }
+            Way::Images(images) => images.take(&self.comm).map(|taken| match taken.restarted {
+                true => format!("restarted from the set {}", taken.set),
+                false => format!("took the set {}", taken.set),
+            }),
+        };
         self.clock.taken();
         if let Some(signal) = self.settings.signal {
             // A signal for the whole job comes to the ranks one after the other: this was for all.
@@ -188,10 +213,10 @@ impl Active {
         }
         let seconds = began.elapsed().as_secs_f64();
         match outcome {
-            Ok(set) => {
+            Ok(done) => {
                 self.taken += 1;
                 if self.comm.rank == 0 {
-                    say(self.settings, || format!("took the set {set} in {seconds:.3} s"));
+                    say(self.settings, || format!("{done} in {seconds:.3} s"));
                 }
             }
             // The job itself is well: it goes on, and the next one may be taken.
