@@ -6,4 +6,5 @@
 
 pub mod latency;
 pub mod qcow2;
+pub mod spread;
 pub mod vm_channel;

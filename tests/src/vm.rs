@@ -333,47 +333,68 @@ impl Vm {
         Ok(())
     }
 
+    /// The socket of QEMU's machine protocol, for [`Qmp::connect`].
+    #[must_use]
+    pub fn qmp_socket(&self) -> PathBuf {
+        self.dir.join("qmp")
+    }
+
     /// Gives QEMU one command of its machine protocol and returns its answer.
     ///
     /// # Errors
     /// When QEMU refuses it or does not answer.
     pub fn qmp(&self, command: &str, arguments: Value) -> Result<Value> {
-        let path = self.dir.join("qmp");
-        let stream = UnixStream::connect(&path)
-            .with_context(|| format!("cannot connect to {}", path.display()))?;
-        stream.set_read_timeout(Some(QMP_TIME))?;
-        let mut input = BufReader::new(stream.try_clone()?);
-        let mut greeting = String::new();
-        input.read_line(&mut greeting)?;
-        ask(&stream, &mut input, "qmp_capabilities", Value::Null)?;
-        ask(&stream, &mut input, command, arguments)
+        Qmp::connect(&self.qmp_socket())?.ask(command, arguments)
     }
 }
 
-fn ask(
-    mut stream: &UnixStream,
-    input: &mut impl BufRead,
-    command: &str,
-    arguments: Value,
-) -> Result<Value> {
-    let mut request = json!({ "execute": command });
-    if !arguments.is_null() {
-        request["arguments"] = arguments;
+/// A conversation with QEMU in its machine protocol. A VM has one at a time.
+#[derive(Debug)]
+pub struct Qmp {
+    stream: UnixStream,
+    input: BufReader<UnixStream>,
+}
+
+impl Qmp {
+    /// Begins one.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub fn connect(path: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(path)
+            .with_context(|| format!("cannot connect to {}", path.display()))?;
+        stream.set_read_timeout(Some(QMP_TIME))?;
+        let mut qmp = Self { input: BufReader::new(stream.try_clone()?), stream };
+        let mut greeting = String::new();
+        qmp.input.read_line(&mut greeting)?;
+        qmp.ask("qmp_capabilities", Value::Null)?;
+        Ok(qmp)
     }
-    writeln!(stream, "{request}")?;
-    loop {
-        let mut line = String::new();
-        if input.read_line(&mut line)? == 0 {
-            bail!("QEMU closed its control socket during {command}");
+
+    /// Gives QEMU one command and returns its answer.
+    ///
+    /// # Errors
+    /// When QEMU refuses it or does not answer.
+    pub fn ask(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        let mut request = json!({ "execute": command });
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
         }
-        let answer: Value = serde_json::from_str(&line)?;
-        if let Some(error) = answer.get("error") {
-            bail!("{command}: {}", error["desc"]);
+        writeln!(self.stream, "{request}")?;
+        loop {
+            let mut line = String::new();
+            if self.input.read_line(&mut line)? == 0 {
+                bail!("QEMU closed its control socket during {command}");
+            }
+            let answer: Value = serde_json::from_str(&line)?;
+            if let Some(error) = answer.get("error") {
+                bail!("{command}: {}", error["desc"]);
+            }
+            if let Some(value) = answer.get("return") {
+                return Ok(value.clone());
+            }
+            // Otherwise an event.
         }
-        if let Some(value) = answer.get("return") {
-            return Ok(value.clone());
-        }
-        // Otherwise an event.
     }
 }
 
