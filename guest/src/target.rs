@@ -109,8 +109,8 @@ impl Place {
         // Numbers only: looking a name up may take longer than any deadline allows.
         let Ok(address) = connect.parse() else {
             return Err(GuestError::Usage(format!(
-                "{connect:?} is no address and port in numbers, such as 10.0.2.100:7412 or \
-                 [fd00::1]:7412"
+                "{connect:?} is no address and port in numbers, such as 10.0.2.100:7000 or \
+                 [fd00::1]:7000"
             )));
         };
         let credentials = match (&self.vm, &self.token_file) {
@@ -156,11 +156,11 @@ mod tests {
             ..Place::default()
         };
         assert!(matches!(Place::default().target(), Ok(Target::Port(name)) if name == PORT_NAME));
-        let found = place("10.0.2.100:7412", "web", Some(&file)).target().unwrap();
+        let found = place("10.0.2.100:7000", "web", Some(&file)).target().unwrap();
         let Target::Tcp { address, credentials: Some(credentials) } = &found else {
             panic!("{found:?}");
         };
-        assert_eq!(address.to_string(), "10.0.2.100:7412");
+        assert_eq!(address.to_string(), "10.0.2.100:7000");
         assert_eq!((credentials.vm.as_str(), credentials.token.as_str()), ("web", "s3cret"));
         assert!(!format!("{found:?}").contains("s3cret"), "{found:?}");
         assert!(!found.is_this_machine());
