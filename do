@@ -80,6 +80,14 @@ do_figures() {
   exec target/release/repository_figures "$@"
 }
 
+# guest-figures FIGURE [ARGS]  neighbour (beside a guest's CHECKPOINTs), job (MPI, beside copies and stops), or all
+do_guest-figures() {
+  step "Install what is missing"
+  tests/setup.sh
+  cargo build --release --locked -p blobcr-cli -p blobcr-bench
+  exec target/release/guest_figures "$@"
+}
+
 # soak [MINUTES] Random operations, kills, fio and fsx against a mounted disk, seed after seed
 do_soak() {
   step "Install what is missing"

@@ -34,7 +34,7 @@ mpicc.mpich -std=c99 -O2 "$heat" -I "$root/guest/include" -L "$target/release" -
 mpicc.mpich -std=c99 -O2 -DPLAIN -rdynamic "$heat" -lm -o "$tree/bin/heat-plain"
 # Nothing of it can be found from outside: it exports no function that saves its state.
 mpicc.mpich -std=c99 -O2 -DPLAIN "$heat" -lm -o "$tree/bin/heat-closed"
-cp "$tree/bin/heat-plain" "$out/host/heat"
+install -m 755 "$tree/bin/heat-plain" "$out/host/heat"
 cp "$(command -v mpiexec.hydra)" "$(command -v hydra_pmi_proxy)" "$tree/usr/bin/"
 cp "$(command -v criu)" "$(command -v nft)" "$tree/usr/sbin/"
 cp "$target/release/libblobcr_mpi.so" "$tree/usr/lib/"

@@ -17,6 +17,8 @@ use crate::vm::{Link, Vm, VmSpec};
 const BOOT: Duration = Duration::from_secs(300);
 /// For anything that a running job does.
 const SOON: Duration = Duration::from_secs(240);
+/// Iterations that are done by then.
+const ITERATIONS_SOON: u64 = 240;
 /// Between two looks at the sets.
 const PAUSE: Duration = Duration::from_millis(5);
 /// The group of the job's VMs.
@@ -268,7 +270,9 @@ impl<'c> Job<'c> {
     /// When it does not go on from there to its end, or its files are not those of an undisturbed run.
     pub fn resume(&mut self, say: Say<'_>) -> Result<String> {
         let mut vms = self.restart(say)?;
-        let hash = vms[0].wait_for("hash ", SOON)?;
+        // A long job may take long.
+        let time = SOON * u32::try_from(self.heat.iterations.div_ceil(ITERATIONS_SOON))?;
+        let hash = vms[0].wait_for("hash ", time)?;
         let ended = vms[0].wait_for("job: ended with", SOON)?;
         ensure!(ended.ends_with("with 0"), "{ended}\n{}", vms[0].console());
         let log = vms[0].wait_for("job: log_lines=", SOON)?;
@@ -286,7 +290,7 @@ impl<'c> Job<'c> {
         if self.node == "job-criu" {
             let restarted = vm.wait_for("blobcr_mpi: restarted from the set ", BOOT)?;
             say(&restarted);
-            ensure!(restarted.contains(&format!(" {GROUP}:{set}:2 ")), "{restarted}");
+            ensure!(restarted.contains(&format!(" the set {set} in ")), "{restarted}");
             return Ok(());
         }
         let resumed = vm.wait_for("resumed at ", BOOT)?;

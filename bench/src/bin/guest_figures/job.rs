@@ -260,7 +260,10 @@ impl Setup {
             memory_mib: 384,
             ..VmSpec::new(&self.image, disk, command(vm, way, remote.port(), options))
         };
-        let spec = VmSpec { disks: vec![spec.disks[0].clone(), self.timed.clone()], ..spec };
+        // A copy: QEMU lets no two of its processes have one file.
+        let timed = dir.join(format!("{vm}.timed.so"));
+        std::fs::copy(&self.timed, &timed)?;
+        let spec = VmSpec { disks: vec![spec.disks[0].clone(), timed], ..spec };
         Vm::start(&spec, &dir.join(&name))
     }
 
