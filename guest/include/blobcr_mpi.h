@@ -13,7 +13,7 @@
  * same order, and every rank gets the same result. They return
  *
  *      0     done: go on
- *      1     restarted from this point (given only where process images are taken)
+ *      1     restarted from this point (given only by blobcr_mpi_checkpoint, with BLOBCR_MPI_SAVE=criu)
  *      < 0   a negative errno; blobcr_mpi_last_error() says more, and which rank failed
  *
  * The environment tells where the host is and how often to checkpoint; docs/mpi.md lists it.

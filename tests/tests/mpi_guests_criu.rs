@@ -11,7 +11,6 @@ use blobcr_tests::job::{Heat, Job, Moment};
 const HEAT: Heat = Heat { nx: 64, ny: 64, iterations: 80, every: 0 };
 
 #[test]
-#[expect(clippy::print_stderr, reason = "what a failed test did until then")]
 fn processes_of_a_job_that_lost_a_vm_go_on_where_they_were() -> Result<()> {
     let (image, on_host) = GuestImage::with_mpi()?;
     let cluster = Cluster::start(&[])?;

@@ -9,9 +9,10 @@ use blobcr_guest::Deadline;
 
 use crate::failure::Failure;
 use crate::global::checkpoint;
+use crate::images::Taken;
 use crate::mpi::{Comm, Handle, Mpi};
 use crate::settings::Settings;
-use crate::{host, output};
+use crate::{host, output, trigger};
 
 /// Bytes of a checkpoint's name and its final NUL.
 const NAME_SIZE: usize = 64;
@@ -25,11 +26,16 @@ thread_local! {
 }
 
 fn call(work: impl FnOnce() -> Result<(), Failure>) -> c_int {
+    call_for(|| work().map(|()| 0))
+}
+
+/// The same for a call that has more to tell than that it is done.
+fn call_for(work: impl FnOnce() -> Result<c_int, Failure>) -> c_int {
     let outcome = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
         Err(Failure::new(libc::EIO, "libblobcr_mpi has a bug: it panicked".to_owned()))
     });
     match outcome {
-        Ok(()) => 0,
+        Ok(code) => code,
         Err(failure) => {
             let text = CString::new(failure.text.replace('\0', "?")).unwrap_or_default();
             LAST_ERROR.set(text);
@@ -92,16 +98,30 @@ pub(crate) unsafe extern "C" fn blobcr_mpi_checkpoint(
 ) -> c_int {
     // SAFETY: the caller keeps to the header.
     unsafe { give(set, 0) };
-    call(|| {
+    call_for(|| {
         let comm = Comm::of(Mpi::get()?, comm)?;
         let written = match written {
             0 => Ok(()),
             errno => Err(Failure::new(errno, "it could not write its state".to_owned())),
         };
-        let sequence = checkpoint(&comm, Settings::get(), written)?;
+        let taken = match Settings::get() {
+            Ok(settings) if settings.images => process_images(&comm, written)?,
+            settings => Taken { set: checkpoint(&comm, settings, written)?, restarted: false },
+        };
         // SAFETY: as above.
-        unsafe { give(set, sequence) };
-        Ok(())
+        unsafe { give(set, taken.set) };
+        Ok(taken.restarted.into())
+    })
+}
+
+fn process_images(comm: &Comm, written: Result<(), Failure>) -> Result<Taken, Failure> {
+    if comm.size != world()?.size {
+        return Err(Failure::usage("BLOBCR_MPI_SAVE=criu saves all processes: use MPI_COMM_WORLD"));
+    }
+    trigger::take_images(written).unwrap_or_else(|| {
+        Err(Failure::usage(
+            "this library saw no MPI_Init: for BLOBCR_MPI_SAVE=criu, link it before MPI's own",
+        ))
     })
 }
 

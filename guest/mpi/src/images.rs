@@ -38,8 +38,8 @@ pub(crate) struct Images {
 /// A set of process images.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Taken {
-    /// As `GROUP:SEQUENCE:N`.
-    pub(crate) set: String,
+    /// Its number.
+    pub(crate) set: u64,
     /// Whether the processes were restored from it since.
     pub(crate) restarted: bool,
 }
@@ -115,7 +115,7 @@ impl Images {
     }
 }
 
-/// `0 SET`: saved; `1 SET`: restored; a negative errno and why: neither.
+/// `0 GROUP:SET:VMS`: saved; `1 GROUP:SET:VMS`: restored; a negative errno and why: neither.
 fn parse(answer: &str) -> Result<Taken, Failure> {
     let (code, text) = answer.trim().split_once(' ').unwrap_or(("", answer));
     let restarted = match code.parse() {
@@ -127,7 +127,9 @@ fn parse(answer: &str) -> Result<Taken, Failure> {
             return Err(Failure::new(libc::EPROTO, text));
         }
     };
-    Ok(Taken { set: text.to_owned(), restarted })
+    // There is none of what was only tried.
+    let set = text.split(':').nth(1).and_then(|set| set.parse().ok()).unwrap_or(0);
+    Ok(Taken { set, restarted })
 }
 
 /// What UCX may use must be restored as it was on a machine that was booted anew.
@@ -158,9 +160,9 @@ mod tests {
 
     #[test]
     fn answers_are_read() {
-        let set = "heat:7:2".to_owned();
-        assert_eq!(parse("0 heat:7:2\n"), Ok(Taken { set: set.clone(), restarted: false }));
-        assert_eq!(parse("1 heat:7:2\n"), Ok(Taken { set, restarted: true }));
+        assert_eq!(parse("0 heat:7:2\n"), Ok(Taken { set: 7, restarted: false }));
+        assert_eq!(parse("1 heat:7:2\n"), Ok(Taken { set: 7, restarted: true }));
+        assert_eq!(parse("0 try \n"), Ok(Taken { set: 0, restarted: false }));
         let failure = parse("-5 10.9.0.2: CRIU cannot save\n").unwrap_err();
         assert_eq!((failure.errno, failure.text.as_str()), (-5, "10.9.0.2: CRIU cannot save"));
         assert_eq!(parse("").unwrap_err().errno, -libc::EPROTO);

@@ -158,12 +158,14 @@ impl Settings {
                  exports blobcr_mpi_save, or BLOBCR_MPI_SAVE to a command or to criu",
             ));
         }
-        if !triggered && (self.preloaded || self.save.is_some() || self.images) {
+        if !triggered && (self.preloaded || self.save.is_some()) {
             return Err(Failure::usage(
                 "nothing tells when to take checkpoints: set BLOBCR_MPI_EVERY, \
                  BLOBCR_MPI_INTERVAL_S or BLOBCR_MPI_SIGNAL",
             ));
         }
+        // Processes are saved for a program that asks by itself, too.
+        let triggered = triggered || self.images;
         if triggered && self.dir.is_none() {
             return Err(Failure::usage(
                 "nothing tells where to save the state: set BLOBCR_MPI_DIR to a directory on a disk \
@@ -267,10 +269,13 @@ mod tests {
     fn a_checkpoint_that_would_never_be_taken_is_refused() {
         let (every, dir) = (("BLOBCR_MPI_EVERY", "MPI_Barrier:2"), ("BLOBCR_MPI_DIR", "/d"));
         let (interval, save) = (("BLOBCR_MPI_INTERVAL_S", "5"), ("BLOBCR_MPI_SAVE", "true"));
+        let images = ("BLOBCR_MPI_SAVE", "criu");
         let preloaded = ("LD_PRELOAD", "/usr/lib/libblobcr_mpi.so");
         let triggers = |pairs: &[_], exports| read(pairs).unwrap().triggers(exports);
         assert!(triggers(&[every, dir, save], false).unwrap());
         assert!(triggers(&[interval, dir], true).unwrap());
+        assert!(triggers(&[preloaded, interval, images, dir], false).unwrap());
+        assert!(triggers(&[images, dir], false).unwrap());
         // The program that asks by itself has an interval too.
         assert!(!triggers(&[interval], false).unwrap());
         for (pairs, text) in [
@@ -279,6 +284,8 @@ mod tests {
             (vec![save, dir], "nothing tells when"),
             (vec![preloaded], "nothing tells when"),
             (vec![every, save], "nothing tells where"),
+            (vec![preloaded, images, dir], "nothing tells when"),
+            (vec![images], "nothing tells where"),
         ] {
             let error = triggers(&pairs, false).unwrap_err();
             assert!(error.text.contains(text), "{}", error.text);

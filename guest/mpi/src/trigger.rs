@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::failure::Failure;
 use crate::global::{agree, checkpoint};
-use crate::images::Images;
+use crate::images::{Images, Taken};
 use crate::mpi::{Comm, Handle, Mpi};
 use crate::save::{self, Saver};
 use crate::settings::{FUNCTIONS, Settings};
@@ -122,6 +122,17 @@ fn prepare(world: &Comm) -> Result<Option<Active>, Failure> {
 
 fn dir(settings: &Settings) -> Result<&Path, Failure> {
     settings.dir.as_deref().ok_or_else(|| Failure::usage("BLOBCR_MPI_DIR is not set"))
+}
+
+/// Has all processes saved for a program that asks by itself. None where that is not how it is saved.
+pub(crate) fn take_images(written: Result<(), Failure>) -> Option<Result<Taken, Failure>> {
+    let mut active = ACTIVE.lock().unwrap_or_else(PoisonError::into_inner);
+    let Active { way: Way::Images(images), comm, taken, .. } = active.as_mut()? else {
+        return None;
+    };
+    let outcome = agree(comm, written).and_then(|()| images.take(comm));
+    *taken += u64::from(outcome.is_ok());
+    Some(outcome)
 }
 
 /// Before a wrapped call of one of [`FUNCTIONS`].

@@ -163,6 +163,29 @@ fn what_would_never_take_one_ends_the_job_at_its_start() {
     }
 }
 
+/// What could be saved but not restored is refused before anything is saved.
+#[test]
+fn process_images_that_could_not_be_restored_end_the_job_at_its_start() {
+    for (mpi, transports, line) in [
+        (Mpi::Open, Some("tcp,self"), "works with MPICH over UCX"),
+        (Mpi::Mpich, None, "UCX_TLS is not set, set it to tcp,self"),
+        (Mpi::Mpich, Some("tcp,sysv,self"), "UCX_TLS is tcp,sysv,self, set it to tcp,self"),
+        (Mpi::Mpich, Some("tcp,self"), "wants the job to be started by \"blobcr-criu run\""),
+    ] {
+        let (mut job, heat) = preloaded(mpi, CLOSED);
+        job.set("BLOBCR_MPI_EVERY", "MPI_Allreduce:5");
+        job.set("BLOBCR_MPI_SAVE", "criu");
+        if let Some(transports) = transports {
+            job.set("UCX_TLS", transports);
+        }
+        let output = job.end(job.start(&heat, &["40", "40", "10", "0"]));
+        let said = text(&output.stderr);
+        assert!(!output.status.success(), "{said}");
+        assert!(said.contains(line), "{said}");
+        assert!(!job.disk(0).join("log").exists(), "it must not begin");
+    }
+}
+
 #[test]
 fn ranks_that_would_wait_for_each_other_end_at_their_start() {
     for mpi in Mpi::BOTH {
