@@ -139,7 +139,6 @@ fn goes_on(good: &mut Vm) -> Result<()> {
 }
 
 #[test]
-#[expect(clippy::print_stderr, reason = "figures")]
 fn a_hostile_guest_is_refused_and_bounded_and_disturbs_no_other() -> Result<()> {
     let hosted = Hosted::start(false)?;
     let good = hosted.add("good", &["--group", "job", "--tcp"])?;
