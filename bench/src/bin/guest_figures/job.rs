@@ -190,10 +190,12 @@ impl Setup {
         for vm in 0..VMS {
             vms.push(self.boot(vm, way, &remote, &dir, options)?);
         }
+        for vm in &mut vms {
+            vm.wait_for("guest: up", BOOT)?;
+        }
         if way == Way::Stop {
             remote.watch(&vms.iter().map(Vm::qmp_socket).collect::<Vec<_>>())?;
         }
-        vms[0].wait_for("guest: up", BOOT)?;
         let ended = vms[0].wait_for("job: ended with", LIMIT);
         remote.check()?;
         ensure!(ended?.ends_with("with 0"), "the job failed:\n{}", vms[0].console());
