@@ -1,7 +1,8 @@
 #!/bin/bash
 # Builds what a guest needs, in release, and installs it.
 #
-#   guest/install.sh PREFIX           programs, libraries, headers, pkg-config files, man pages, units
+#   guest/install.sh PREFIX           programs, libraries, headers, pkg-config files, a Python module, man
+#                                     pages, units
 #
 #   DESTDIR          installs below it, for packages
 #   BLOBCR_PROFILE   another profile of cargo (release)
@@ -53,6 +54,7 @@ done
 for unit in blobcr-checkpoint.service blobcr-checkpoint.timer; do
     fill "$root/guest/systemd/$unit" "lib/systemd/system/$unit"
 done
+put 644 "$root/guest/python/blobcr.py" lib/python3/dist-packages/blobcr.py
 put 644 "$root/docs/man/blobcr_checkpoint.3" share/man/man3/blobcr_checkpoint.3
 for page in blobcr_wait blobcr_status blobcr_begin_set blobcr_set_status blobcr_last_error; do
     ln -sf blobcr_checkpoint.3 "$to/share/man/man3/$page.3"

@@ -17,7 +17,7 @@ packages+=(iproute2 util-linux)
 # What builds the client of etcd, and the etcd that tests start by themselves on free ports.
 packages+=(protobuf-compiler libprotobuf-dev etcd-server etcd-client)
 # What compiles programs against the libraries for guests, and runs them as jobs of either MPI.
-packages+=(g++ gfortran pkg-config mpich libmpich-dev openmpi-bin libopenmpi-dev)
+packages+=(g++ gfortran pkg-config python3 mpich libmpich-dev openmpi-bin libopenmpi-dev)
 # What saves the processes of a job, in the guest.
 packages+=(criu nftables)
 # QEMU 9.2 is the first whose sockets reconnect within milliseconds.

@@ -69,6 +69,40 @@ set 0, state 3, joined 1
 status 0, web, group only
 -22 struct blobcr_vm is of version 1 and ";
 
+/// The same from Python.
+const PYTHON: &str = r#"
+import blobcr, sys
+host = {"connect": sys.argv[1], "flush": False, "timeout": 20}
+try:
+    begun = blobcr.begin_set(1, **host)
+except blobcr.Error as error:
+    sys.exit(f"{error.errno} {error.strerror}")
+print(f"begun {begun.group}:{begun.sequence}:{begun.expected_vms}")
+of = {"group": begun.group, "sequence": begun.sequence, **host}
+taken = blobcr.checkpoint(key="key-1", expected_vms=1, **of)
+one, = taken.snapshots
+print(f"{taken.vm}: {one.disk}, {one.image}@{one.number}, {one.state.name}, {one.dirty_bytes}")
+blobcr.wait(taken, **host)
+print(taken.snapshots[0].state.name)
+joined = blobcr.set_status(**of)
+print(joined.state.name, joined.joined_vms)
+vm = blobcr.status(**host)
+print(vm.vm, vm.group, [disk.disk for disk in vm.disks])
+try:
+    blobcr.status(prot="x")
+except TypeError as error:
+    print(error)
+"#;
+
+const PYTHON_PRINTED: &str = "\
+begun only:1:1
+web: web-d0, web-ckpt@1, PENDING, 4096
+STABLE
+STABLE 1
+web only ['web-d0']
+prot is no option
+";
+
 struct Installed {
     dir: TempDir,
 }
@@ -161,6 +195,25 @@ fn a_c_plus_plus_program_is_linked_with_the_static_library() {
     flags.retain(|flag| flag != "-lblobcr");
     let (_dir, program) = compile(&["c++", "-std=c++11", "-pedantic"], &flags, "program.cc");
     runs_against_a_host(&program);
+}
+
+fn python(host: &FakeHost) -> Output {
+    Command::new("python3")
+        .args(["-c", PYTHON, &host.address()])
+        .env("PYTHONPATH", Installed::get().path("lib/python3/dist-packages"))
+        .env("LD_LIBRARY_PATH", Installed::get().path("lib"))
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn a_python_program_imports_the_module() {
+    let output = python(&FakeHost::new("web", &Sets::default()));
+    assert_eq!(text(&output.stdout), PYTHON_PRINTED, "{}", text(&output.stderr));
+    let refusing =
+        FakeHost::refusing("web", &Sets::default(), |_| Some(refusal(5, "no such group")));
+    let output = python(&refusing);
+    assert_eq!(text(&output.stderr), "2 the host refused: no such group\n");
 }
 
 #[test]

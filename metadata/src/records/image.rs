@@ -41,6 +41,9 @@ pub struct ImageRecord {
     /// When it was removed, in ms since 1970; 0 while it lives.
     #[prost(uint64, tag = "11")]
     pub removed_unix_ms: u64,
+    /// The snapshot with whose set the image would have gone, but for a pin; 0 when none.
+    #[prost(uint64, tag = "12")]
+    pub left_behind: u64,
 }
 
 impl ImageRecord {

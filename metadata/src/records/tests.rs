@@ -62,6 +62,7 @@ fn image() -> impl Strategy<Value = ImageRecord> {
             parent_snapshot: n[4],
             writer,
             removed_unix_ms: n[0] % 2 * n[4],
+            left_behind: n[1].min(n[2]),
         },
     )
 }
@@ -344,6 +345,7 @@ fn golden_records_of_version_1() {
             parent_snapshot: 6,
             writer: "host/disk".to_owned(),
             removed_unix_ms: 1_800_000_000_000,
+            left_behind: 0,
         }),
         line(&a_name()),
         line(&SnapshotRecord {

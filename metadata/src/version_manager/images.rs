@@ -1,5 +1,6 @@
 //! Images: create, find, list, clone, remove.
 
+use blobcr_proto::v1::SnapshotState;
 use blobcr_proto::{ChunkSize, ImageName, v1};
 
 use super::{Held, RecordSwap, VersionManager, check_writer, list_limit, until_won};
@@ -191,6 +192,7 @@ impl VersionManager {
             parent_snapshot: snapshot.value.number,
             writer: writer.to_owned(),
             removed_unix_ms: 0,
+            left_behind: 0,
         };
         let first = SnapshotRecord {
             image_id: id,
@@ -228,6 +230,12 @@ impl VersionManager {
 
     async fn try_bury(&self, id: u64) -> Result<(), Error> {
         let image = self.image_record(&v1::ImageRef { name: String::new(), id }).await?;
+        self.bury(&image).await
+    }
+
+    /// Begins the removal of an image, unless it has changed since, or is pinned.
+    async fn bury(&self, image: &Held<ImageRecord>) -> Result<(), Error> {
+        let id = image.value.id;
         let object = format!("image {:?}", image.value.name);
         self.check_unpinned(&PinRecord::prefix_of_image(id), &object).await?;
         let name = ImageNameRecord { name: image.value.name.clone(), image_id: image.value.id };
@@ -235,9 +243,63 @@ impl VersionManager {
         let mut grave = image.value.clone();
         grave.removed_unix_ms = self.now().max(1);
         let removal = RemovalRecord { image_id: grave.id, marked: 0 };
-        let swap = Swap::new().update(&image, &grave).clear(&name).create(&removal);
+        let swap = Swap::new().update(image, &grave).clear(&name).create(&removal);
         self.store.swap(swap).await?;
         Ok(())
+    }
+
+    /// Removes the image of a disk that is gone, when nothing is left in it but snapshot `latest`
+    /// and what it was cloned from. Returns whether it did; a pin only puts it off.
+    pub(super) async fn remove_left_behind(&self, id: u64, latest: u64) -> Result<bool, Error> {
+        let object = format!("image with the id {id}");
+        let buried = {
+            let _turn = self.image_turn(id).await;
+            until_won!(self, object, self.try_bury_left_behind(id, latest).await)
+        };
+        match buried {
+            Ok(true) => self.finish_removal(id).await.map(|()| true),
+            Ok(false) => Ok(false),
+            // A disk has it still, somebody wants to keep it, or it is gone.
+            Err(Error::Precondition { .. } | Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn try_bury_left_behind(&self, id: u64, latest: u64) -> Result<bool, Error> {
+        let image = self.image_record(&v1::ImageRef { name: String::new(), id }).await?;
+        // Who has imported or cloned an image by hand removes it by hand.
+        if image.value.writer.is_empty() || image.value.latest != latest {
+            return Ok(false);
+        }
+        let first_of_clone = u64::from(image.value.parent_image != 0);
+        for snapshot in self.all::<SnapshotRecord>(&SnapshotRecord::prefix_of(id)).await? {
+            let snapshot = snapshot.value;
+            let lives = matches!(snapshot.state(), SnapshotState::Stable | SnapshotState::Pending);
+            if lives && snapshot.number != latest && snapshot.number != first_of_clone {
+                return Ok(false);
+            }
+        }
+        match self.bury(&image).await {
+            Ok(()) => Ok(true),
+            // It goes with the pin: such as when the disk is detached.
+            Err(Error::Precondition { .. }) if image.value.left_behind != latest => {
+                let left = ImageRecord { left_behind: latest, ..image.value.clone() };
+                self.store.swap(Swap::new().update(&image, &left)).await?;
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// After a pin was taken away: removes its image when that has waited for it.
+    pub(super) async fn remove_if_left_behind(&self, id: u64) -> Result<(), Error> {
+        match self.image_record(&v1::ImageRef { name: String::new(), id }).await {
+            Ok(Held { value: image, .. }) if image.left_behind != 0 => {
+                self.remove_left_behind(id, image.left_behind).await.map(|_| ())
+            }
+            Ok(_) | Err(Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Marks the snapshots of images whose removal was interrupted. Returns how many images.

@@ -54,7 +54,8 @@ impl VersionManager {
         Ok(pin.to_wire())
     }
 
-    /// Takes a pin away. Nothing happens when there is none.
+    /// Takes a pin away. Nothing happens when there is none. When it was all that kept the image of a
+    /// disk whose checkpoint sets were given up, the image goes with it.
     ///
     /// # Errors
     /// When the store cannot.
@@ -66,6 +67,7 @@ impl VersionManager {
         let key = PinRecord::key_of(r.image_id, r.number, &r.holder);
         let object = format!("the pin of {} by {:?}", r.number, r.holder);
         until_won!(self, object, self.try_unpin(&key).await)?;
+        self.remove_if_left_behind(r.image_id).await?;
         Ok(v1::UnpinSnapshotResponse {})
     }
 

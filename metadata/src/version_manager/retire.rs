@@ -5,6 +5,8 @@
 //! it kept is let go; then its record goes. [`VersionManager::retire_sets`] takes up what is left
 //! of an earlier time.
 
+use std::collections::VecDeque;
+
 use blobcr_proto::v1;
 use blobcr_proto::v1::SetState;
 
@@ -131,7 +133,8 @@ impl VersionManager {
             keep => keep,
         };
         let mut done = v1::RetireSetsResponse::default();
-        for (set, wire) in self.sets_to_retire(&r.group, keep).await? {
+        // Oldest first: the latest snapshot of an image goes when it is all that is left.
+        for (set, wire) in self.sets_to_retire(&r.group, keep).await?.into_iter().rev() {
             if r.dry_run {
                 done.sets.push(wire);
                 continue;
@@ -143,20 +146,22 @@ impl VersionManager {
             done.snapshots_removed += self.let_go(&set).await?;
             done.sets.push(v1::CheckpointSet { state: SetState::Obsolete.into(), ..wire });
         }
+        done.sets.reverse();
         if !done.sets.is_empty() && !r.dry_run {
             self.sweep_pins(&r.group).await?;
         }
         Ok(done)
     }
 
-    /// Those that an earlier call has not finished, and those to give up now, newest first.
+    /// Those that an earlier call has not finished, and those to give up now, newest first; when there
+    /// are too many for one call, the oldest.
     async fn sets_to_retire(
         &self,
         group: &str,
         keep: u32,
-    ) -> Result<Vec<(SetRecord, v1::CheckpointSet)>, Error> {
+    ) -> Result<VecDeque<(SetRecord, v1::CheckpointSet)>, Error> {
         let prefix = SetRecord::prefix_of(group);
-        let (mut kept, mut after, mut retired) = (0, None, Vec::new());
+        let (mut kept, mut after, mut retired) = (0, None, VecDeque::new());
         loop {
             let (found, more) =
                 self.page::<SetRecord>(&prefix, after.as_ref(), PAGE_ENTRIES_MAX).await?;
@@ -166,12 +171,12 @@ impl VersionManager {
                 let wire = self.read_set(set.clone()).await?;
                 let goes = set.obsolete || (keep > 0 && kept >= keep && set.holders.is_empty());
                 if goes {
-                    retired.push((set, wire));
+                    retired.push_back((set, wire));
                 } else if wire.state() == SetState::Stable {
                     kept += 1;
                 }
-                if retired.len() >= RETIRE_SETS_MAX {
-                    return Ok(retired);
+                if retired.len() > RETIRE_SETS_MAX {
+                    retired.pop_front();
                 }
             }
             if !more {
@@ -213,13 +218,18 @@ impl VersionManager {
         Ok(removed)
     }
 
-    /// Removes a snapshot, unless something else needs it.
+    /// Removes a snapshot, unless something else needs it. A restart goes on in images of its own: the
+    /// latest snapshot of an image that was left behind goes with the image.
     async fn remove_member(&self, disk: &SetDisk) -> Result<bool, Error> {
         let image = Some(super::snapshots::id_ref(disk.image_id));
         match self.remove_snapshot(v1::SnapshotRef { image, number: disk.number }).await {
             Ok(_) => Ok(true),
-            // The latest of its image, pending or pinned; or it is gone with its image.
-            Err(Error::Precondition { .. } | Error::NotFound { .. }) => Ok(false),
+            // The latest of its image, pending or pinned.
+            Err(Error::Precondition { .. }) => {
+                self.remove_left_behind(disk.image_id, disk.number).await
+            }
+            // It is gone with its image.
+            Err(Error::NotFound { .. }) => Ok(false),
             Err(error) => Err(error),
         }
     }

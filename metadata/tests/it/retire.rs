@@ -1,10 +1,11 @@
 //! Which sets are kept, and what becomes of the others.
 
 use blobcr_metadata::records::{KeyKind, PinRecord, SetRecord, SetVmRecord, SnapshotRecord};
+use blobcr_metadata::version_manager::retire::RETIRE_SETS_MAX;
 use blobcr_proto::v1;
 use blobcr_proto::v1::{SetState, SnapshotState};
 
-use crate::fixture::{Fixture, Kind, at, manager, refused};
+use crate::fixture::{Fixture, Kind, at, begin, manager, publish, refused};
 use crate::flaky::flaky;
 
 fn member(vm: &str, image: &str, number: u64) -> v1::SetMember {
@@ -214,4 +215,105 @@ async fn a_set_is_pinned_once_for_each_holder() {
         Kind::Invalid,
         &["blobcr set"],
     );
+}
+
+/// A VM's first disk wrote into "old", cloned from "base"; after a restart its next one writes into
+/// "new".
+async fn restarted_once() -> Fixture {
+    let f = Fixture::new().await;
+    f.image_with("base", "", 1).await;
+    for (name, sets) in [("old", 1..=3), ("new", 4..=5)] {
+        let source = Some(at("base", 1));
+        let (name, writer) = (name.to_owned(), "mirror".to_owned());
+        let clone = v1::CloneImageRequest { source, name: name.clone(), writer };
+        let image = f.manager.clone_image(clone).await.unwrap().image.unwrap();
+        let lease = f.lease().await;
+        for (at, set) in sets.enumerate() {
+            let number = at as u64 + 2;
+            f.manager.begin_snapshot(begin(image.id, number, lease, "mirror")).await.unwrap();
+            let published = publish(image.id, number, lease, "mirror", set as u8);
+            f.manager.publish_snapshot(published).await.unwrap();
+            f.manager.add_to_set(add(set, 1, vec![member("vm1", &name, number)])).await.unwrap();
+        }
+    }
+    f
+}
+
+#[tokio::test]
+async fn an_image_that_a_restart_left_behind_goes_with_its_last_set() {
+    let f = restarted_once().await;
+    f.manager.retire_sets(retire(3)).await.unwrap();
+    assert_eq!(f.get("old").await.unwrap().latest, 4, "set 3 needs it");
+    let done = f.manager.retire_sets(retire(1)).await.unwrap();
+    assert_eq!(done.snapshots_removed, 2);
+    refused(f.get("old").await, Kind::NotFound, &["old"]);
+    let all = f.records::<SnapshotRecord>(KeyKind::Snapshot).await;
+    let stable = all.iter().filter(|s| s.state() == SnapshotState::Stable).count();
+    // That of "base", the first of "new", and the one of set 5.
+    assert_eq!(stable, 3, "{all:?}");
+    assert_eq!(f.get("new").await.unwrap().latest, 3);
+}
+
+#[tokio::test]
+async fn what_a_crash_left_of_such_an_image_goes_too() {
+    for swaps in 0.. {
+        let f = restarted_once().await;
+        let broken = flaky(&f.store);
+        broken.crash_after(swaps, swaps % 2 == 0);
+        let crashing = manager(&broken.as_store(), &f.clock, 3);
+        let crashed = crashing.retire_sets(retire(1)).await.is_err();
+        let f = f.restarted();
+        f.manager.finish_removals().await.unwrap();
+        f.manager.retire_sets(retire(1)).await.unwrap();
+        refused(f.get("old").await, Kind::NotFound, &["old"]);
+        let all = f.records::<SnapshotRecord>(KeyKind::Snapshot).await;
+        let stable = all.iter().filter(|s| s.state() == SnapshotState::Stable).count();
+        assert_eq!(stable, 3, "after {swaps} swaps: {all:?}");
+        if !crashed {
+            assert!(swaps > 10, "the test broke nothing off");
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_image_that_anything_else_needs_is_not_left_behind() {
+    // A disk that writes into it, one that began from it, or a person has a pin.
+    let f = restarted_once().await;
+    let (snapshot, holder) = (Some(at("old", 1)), "disk host/d".to_owned());
+    let pin = v1::PinSnapshotRequest { snapshot, holder: holder.clone() };
+    let image_id = f.manager.pin_snapshot(pin).await.unwrap().image_id;
+    f.manager.retire_sets(retire(1)).await.unwrap();
+    assert_eq!(f.get("old").await.unwrap().latest, 4);
+    // Until the disk is detached.
+    let unpin = v1::UnpinSnapshotRequest { image_id, number: 1, holder };
+    f.manager.unpin_snapshot(unpin).await.unwrap();
+    refused(f.get("old").await, Kind::NotFound, &["old"]);
+    // It has a snapshot of no set.
+    let f = restarted_once().await;
+    let (old, lease) = (f.get("old").await.unwrap(), f.lease().await);
+    f.manager.begin_snapshot(begin(old.id, 5, lease, "mirror")).await.unwrap();
+    f.manager.retire_sets(retire(1)).await.unwrap();
+    f.manager.publish_snapshot(publish(old.id, 5, lease, "mirror", 9)).await.unwrap();
+    assert_eq!(f.get("old").await.unwrap().latest, 5);
+    // It was made by hand.
+    let f = Fixture::new().await;
+    for (set, image) in [(1, "a"), (2, "b")] {
+        f.image_with(image, "", 1).await;
+        f.manager.add_to_set(add(set, 1, vec![member("vm1", image, 1)])).await.unwrap();
+    }
+    f.manager.retire_sets(retire(1)).await.unwrap();
+    assert_eq!(f.get("a").await.unwrap().latest, 1);
+}
+
+#[tokio::test]
+async fn of_too_many_sets_for_one_call_the_oldest_go_first() {
+    let f = Fixture::new().await;
+    f.image_with("a", "", 1).await;
+    for set in 1..=RETIRE_SETS_MAX as u64 + 5 {
+        f.manager.add_to_set(add(set, 1, vec![member("vm1", "a", 1)])).await.unwrap();
+    }
+    f.manager.retire_sets(retire(1)).await.unwrap();
+    let last = RETIRE_SETS_MAX as u64 + 5;
+    assert_eq!(sequences(&f).await, [last, last - 1, last - 2, last - 3, last - 4]);
 }
