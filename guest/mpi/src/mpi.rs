@@ -6,11 +6,15 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use crate::failure::Failure;
 
 /// The longest text of MPI_Get_library_version of both, with room.
 const VERSION_BYTES: usize = 16 << 10;
+
+/// What MPI_Finalize may take where the job could not begin.
+const FINALIZE: Duration = Duration::from_secs(10);
 
 pub(crate) type Handle = usize;
 
@@ -137,6 +141,13 @@ impl Mpi {
     /// Ends the job, by all of its ranks. Not by MPI_Abort: then launchers throw away what ranks
     /// have just said.
     pub(crate) fn end(&self, code: c_int) -> ! {
+        // MPICH before 4.2 over UCX can wait in MPI_Finalize for ever when the last message was the first
+        // one between its two ranks. What was said is out by then.
+        std::thread::spawn(move || {
+            std::thread::sleep(FINALIZE);
+            // SAFETY: it only ends the process.
+            unsafe { libc::_exit(code) }
+        });
         // SAFETY: MPI runs, and nothing calls it after this.
         unsafe { (self.finalize)() };
         std::process::exit(code)
