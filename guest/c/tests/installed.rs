@@ -87,7 +87,7 @@ print(taken.snapshots[0].state.name)
 joined = blobcr.set_status(**of)
 print(joined.state.name, joined.joined_vms)
 vm = blobcr.status(**host)
-print(vm.vm, vm.group, [disk.disk for disk in vm.disks])
+print(vm.vm, vm.group, vm.disks)
 try:
     blobcr.status(prot="x")
 except TypeError as error:
@@ -96,10 +96,11 @@ except TypeError as error:
 
 const PYTHON_PRINTED: &str = "\
 begun only:1:1
-web: web-d0, web-ckpt@1, PENDING, 4096
+web: web-d0, web-ckpt@2, PENDING, 4096
 STABLE
 STABLE 1
-web only ['web-d0']
+web only [Disk(disk='web-d0', checkpoint_image='web-ckpt', size_bytes=1073741824, \
+dirty_bytes=4096, last_stable=2, pending=1, stalled='why not')]
 prot is no option
 ";
 

@@ -15,7 +15,7 @@ use blobcr_proto::channel::{Decoded, Frame, decode};
 use blobcr_proto::v1::channel_reply::Reply;
 use blobcr_proto::v1::channel_request::Request;
 use blobcr_proto::v1::{
-    ChannelError, ChannelReply, ChannelRequest, CheckpointReply, DiskSnapshot, HelloReply,
+    ChannelError, ChannelReply, ChannelRequest, CheckpointReply, Disk, DiskSnapshot, HelloReply,
     SetState, Snapshot, SnapshotState, VmSet, VmStatusReply, WaitStableReply,
 };
 use bytes::BytesMut;
@@ -241,7 +241,16 @@ impl Shared {
             Request::Status(_) => Reply::Status(VmStatusReply {
                 vm: self.vm.clone(),
                 groups: vec!["only".to_owned()],
-                ..VmStatusReply::default()
+                disks: vec![Disk {
+                    name: format!("{}-d0", self.vm),
+                    checkpoint_image: format!("{}-ckpt", self.vm),
+                    size_bytes: 1 << 30,
+                    dirty_bytes: 4096,
+                    pending: vec![3],
+                    last_stable: 2,
+                    stalled: "why not".to_owned(),
+                    ..Disk::default()
+                }],
             }),
             Request::BeginSet(r) => Reply::BeginSet(self.sets.begin(&r.group, r.expected_vms)),
             Request::SetStatus(r) => match self.sets.find(r.sequence) {

@@ -19,62 +19,84 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let cluster = Cluster::start_in(options.scratch()?, &[])?;
     let raw = sparse(&cluster.scratch().join("raw"), SIZE, &[(0, &noise(1, SIZE as usize))])?;
     cluster.import(&raw, "base")?;
-    let few = Measured::of(&cluster, "few", 10)?;
-    let many_measured = Measured::of(&cluster, "many", many)?;
+    let few = Disk::with(&cluster, "few", 10)?;
+    let many_of_them = Disk::with(&cluster, "many", many)?;
     println!("\nMedians of {SAMPLES} (attach and diff with the start of a command), in ms");
     println!("{:<8} {:>10} {:>10} {:>8}", "", "10", many, "ratio");
-    for ((what, few), (_, many)) in few.0.iter().zip(&many_measured.0) {
+    type Once<'c> = fn(&Disk<'c>, u64) -> anyhow::Result<f64>;
+    let measured: [(&str, Once<'_>); 4] = [
+        ("attach", Disk::attach),
+        ("read", Disk::read),
+        ("commit", Disk::commit),
+        ("diff", Disk::diff),
+    ];
+    for (what, once) in measured {
+        // In turns, so that whatever else the machine does meets both.
+        let (mut few_ms, mut many_ms) = (Vec::new(), Vec::new());
+        for at in 0..SAMPLES {
+            few_ms.push(once(&few, at)? * 1e3);
+            many_ms.push(once(&many_of_them, at)? * 1e3);
+        }
+        let (few, many) = (median(few_ms), median(many_ms));
         println!("{what:<8} {few:>10.3} {many:>10.3} {:>8.2}", many / few);
     }
     Ok(())
 }
 
-struct Measured([(&'static str, f64); 4]);
+/// A disk whose checkpoint image has many snapshots.
+struct Disk<'c> {
+    cluster: &'c Cluster,
+    name: &'static str,
+    mounted: MountedDisk,
+    image: String,
+    snapshots: u64,
+    /// Another disk, from the last of them, of which nothing was read yet.
+    fork: MountedDisk,
+}
 
-impl Measured {
-    fn of(cluster: &Cluster, disk: &str, snapshots: u64) -> anyhow::Result<Self> {
-        let path = cluster.attach("base", disk)?;
+impl<'c> Disk<'c> {
+    fn with(cluster: &'c Cluster, name: &'static str, snapshots: u64) -> anyhow::Result<Self> {
+        let mounted = MountedDisk::open(&cluster.attach("base", name)?, false)?;
         let mut image = String::new();
-        {
-            let mounted = MountedDisk::open(&path, false)?;
-            for number in 0..snapshots {
-                write(&mounted, number)?;
-                image = mounted.commit_stable()?.image;
-            }
+        for number in 0..snapshots {
+            write(&mounted, number)?;
+            image = mounted.commit_stable()?.image;
         }
-        let commits = median(|at| {
-            let mounted = MountedDisk::open(&path, false)?;
-            write(&mounted, snapshots + at)?;
-            let begun = Instant::now();
-            mounted.commit_stable()?;
-            Ok(begun.elapsed().as_secs_f64())
-        })?;
-        let attach = median(|at| {
-            let begun = Instant::now();
-            let name = format!("{disk}-{at}");
-            let attached = cluster.attach(&format!("{image}@{snapshots}"), &name)?;
-            let took = begun.elapsed().as_secs_f64();
-            drop(attached);
-            cluster.json(&["disk", "detach", &name])?;
-            Ok(took)
-        })?;
-        let fork = cluster.attach(&format!("{image}@{snapshots}"), &format!("{disk}-read"))?;
-        let mounted = MountedDisk::open(&fork, false)?;
+        let fork = cluster.attach(&format!("{image}@{snapshots}"), &format!("{name}-read"))?;
+        let fork = MountedDisk::open(&fork, false)?;
+        Ok(Self { cluster, name, mounted, image, snapshots, fork })
+    }
+
+    fn attach(&self, at: u64) -> anyhow::Result<f64> {
+        let Self { cluster, image, snapshots, .. } = self;
+        let name = format!("{}-{at}", self.name);
+        let begun = Instant::now();
+        cluster.attach(&format!("{image}@{snapshots}"), &name)?;
+        let took = begun.elapsed();
+        cluster.json(&["disk", "detach", &name])?;
+        Ok(took.as_secs_f64())
+    }
+
+    fn read(&self, at: u64) -> anyhow::Result<f64> {
         let mut block = vec![0; DIRTY];
-        let read = median(|at| {
-            let begun = Instant::now();
-            mounted.file().read_exact_at(&mut block, at * (SIZE / SAMPLES) / 4096 * 4096)?;
-            Ok(begun.elapsed().as_secs_f64())
-        })?;
-        let diff = median(|_| {
-            let begun = Instant::now();
-            let (old, new) = (format!("{image}@{}", snapshots - 5), format!("{image}@{snapshots}"));
-            cluster.json(&["snapshot", "diff", &old, &new])?;
-            Ok(begun.elapsed().as_secs_f64())
-        })?;
-        let ms = |seconds: f64| seconds * 1e3;
-        let rows = [("attach", attach), ("read", read), ("commit", commits), ("diff", diff)];
-        Ok(Self(rows.map(|(what, seconds)| (what, ms(seconds)))))
+        let begun = Instant::now();
+        self.fork.file().read_exact_at(&mut block, at * (SIZE / SAMPLES) / 4096 * 4096)?;
+        Ok(begun.elapsed().as_secs_f64())
+    }
+
+    fn commit(&self, at: u64) -> anyhow::Result<f64> {
+        write(&self.mounted, self.snapshots + at)?;
+        let begun = Instant::now();
+        self.mounted.commit_stable()?;
+        Ok(begun.elapsed().as_secs_f64())
+    }
+
+    fn diff(&self, _at: u64) -> anyhow::Result<f64> {
+        let Self { cluster, image, snapshots, .. } = self;
+        let (old, new) = (format!("{image}@{}", snapshots - 5), format!("{image}@{snapshots}"));
+        let begun = Instant::now();
+        cluster.json(&["snapshot", "diff", &old, &new])?;
+        Ok(begun.elapsed().as_secs_f64())
     }
 }
 
@@ -85,8 +107,7 @@ fn write(disk: &MountedDisk, number: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn median(mut once: impl FnMut(u64) -> anyhow::Result<f64>) -> anyhow::Result<f64> {
-    let mut times = (0..SAMPLES).map(&mut once).collect::<anyhow::Result<Vec<f64>>>()?;
+fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
+    times[times.len() / 2]
 }
