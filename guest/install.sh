@@ -35,6 +35,9 @@ put() { install -D -m "$1" "$2" "$to/$3"; }
 # Without what only debuggers read: it is nine tenths of them, and guests' images are copied a lot.
 put_stripped() { install -D -s -m 755 "$1" "$to/$2"; }
 put_stripped "$built/blobcr-guest" bin/blobcr-guest
+for launcher in blobcr-job blobcr-criu; do
+    put 755 "$root/guest/launch/$launcher" "bin/$launcher"
+done
 for library in libblobcr libblobcr_mpi; do
     put_stripped "$built/$library.so" "lib/$library.so.1"
     ln -sf "$library.so.1" "$to/lib/$library.so"

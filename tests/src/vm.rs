@@ -276,7 +276,10 @@ impl Vm {
                 }
             }
             if ended || Instant::now() > until {
-                let why = if ended { "the VM ended" } else { "it did not come in time" };
+                let why = match self.ended {
+                    Some(status) => format!("the VM ended ({status})"),
+                    None => "it did not come in time".to_owned(),
+                };
                 return Err(self.explain(&format!("no line with {text:?} on the console: {why}")));
             }
             sleep(PAUSE);

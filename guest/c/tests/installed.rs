@@ -249,6 +249,8 @@ fn all_that_a_guest_needs_is_there() {
     let installed = Installed::get();
     for path in [
         "bin/blobcr-guest",
+        "bin/blobcr-job",
+        "bin/blobcr-criu",
         "include/blobcr.h",
         "include/blobcr-guest.h",
         "include/blobcr_mpi.h",
