@@ -10,7 +10,7 @@ use blobcr_tests::mounted::MountedDisk;
 use crate::{MIB, Options};
 
 const SIZE: u64 = 64 * MIB;
-const SAMPLES: u64 = 15;
+const SAMPLES: u64 = 31;
 /// What each COMMIT has dirty.
 const DIRTY: usize = 4096;
 
@@ -19,8 +19,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
     let cluster = Cluster::start_in(options.scratch()?, &[])?;
     let raw = sparse(&cluster.scratch().join("raw"), SIZE, &[(0, &noise(1, SIZE as usize))])?;
     cluster.import(&raw, "base")?;
-    let few = Disk::with(&cluster, "few", 10)?;
-    let many_of_them = Disk::with(&cluster, "many", many)?;
+    // As many writes on both, so that their chunks are as new and as many.
+    let few = Disk::with(&cluster, "few", 10, many / 10)?;
+    let many_of_them = Disk::with(&cluster, "many", many, 1)?;
     println!("\nMedians of {SAMPLES} (attach and diff with the start of a command), in ms");
     println!("{:<8} {:>10} {:>10} {:>8}", "", "10", many, "ratio");
     type Once<'c> = fn(&Disk<'c>, u64) -> anyhow::Result<f64>;
@@ -34,8 +35,13 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         // In turns, so that whatever else the machine does meets both.
         let (mut few_ms, mut many_ms) = (Vec::new(), Vec::new());
         for at in 0..SAMPLES {
-            few_ms.push(once(&few, at)? * 1e3);
-            many_ms.push(once(&many_of_them, at)? * 1e3);
+            if at % 2 == 0 {
+                few_ms.push(once(&few, at)? * 1e3);
+                many_ms.push(once(&many_of_them, at)? * 1e3);
+            } else {
+                many_ms.push(once(&many_of_them, at)? * 1e3);
+                few_ms.push(once(&few, at)? * 1e3);
+            }
         }
         let (few, many) = (median(few_ms), median(many_ms));
         println!("{what:<8} {few:>10.3} {many:>10.3} {:>8.2}", many / few);
@@ -50,21 +56,30 @@ struct Disk<'c> {
     mounted: MountedDisk,
     image: String,
     snapshots: u64,
+    written: u64,
     /// Another disk, from the last of them, of which nothing was read yet.
     fork: MountedDisk,
 }
 
 impl<'c> Disk<'c> {
-    fn with(cluster: &'c Cluster, name: &'static str, snapshots: u64) -> anyhow::Result<Self> {
+    fn with(
+        cluster: &'c Cluster,
+        name: &'static str,
+        snapshots: u64,
+        writes_each: u64,
+    ) -> anyhow::Result<Self> {
         let mounted = MountedDisk::open(&cluster.attach("base", name)?, false)?;
         let mut image = String::new();
-        for number in 0..snapshots {
-            write(&mounted, number)?;
+        for snapshot in 0..snapshots {
+            for write in 0..writes_each {
+                write_once(&mounted, snapshots, snapshot * writes_each + write)?;
+            }
             image = mounted.commit_stable()?.image;
         }
         let fork = cluster.attach(&format!("{image}@{snapshots}"), &format!("{name}-read"))?;
         let fork = MountedDisk::open(&fork, false)?;
-        Ok(Self { cluster, name, mounted, image, snapshots, fork })
+        let written = snapshots * writes_each;
+        Ok(Self { cluster, name, mounted, image, snapshots, written, fork })
     }
 
     fn attach(&self, at: u64) -> anyhow::Result<f64> {
@@ -85,7 +100,7 @@ impl<'c> Disk<'c> {
     }
 
     fn commit(&self, at: u64) -> anyhow::Result<f64> {
-        write(&self.mounted, self.snapshots + at)?;
+        write_once(&self.mounted, self.snapshots, self.written + at)?;
         let begun = Instant::now();
         self.mounted.commit_stable()?;
         Ok(begun.elapsed().as_secs_f64())
@@ -100,10 +115,10 @@ impl<'c> Disk<'c> {
     }
 }
 
-/// Another content at another place each time.
-fn write(disk: &MountedDisk, number: u64) -> anyhow::Result<()> {
+/// Another content at another place each time, and on each disk.
+fn write_once(disk: &MountedDisk, salt: u64, number: u64) -> anyhow::Result<()> {
     let place = number.wrapping_mul(0x9E37_79B9_7F4A_7C15) % (SIZE / DIRTY as u64);
-    disk.file().write_all_at(&noise(number + 2, DIRTY), place * DIRTY as u64)?;
+    disk.file().write_all_at(&noise(salt << 32 | number, DIRTY), place * DIRTY as u64)?;
     Ok(())
 }
 
