@@ -3,8 +3,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 
 /// Bytes that look like no others: a xorshift sequence, the same for the same seed.
 #[must_use]
@@ -34,6 +35,20 @@ pub fn sparse(path: &Path, size: u64, pieces: &[(u64, &[u8])]) -> anyhow::Result
     }
     file.sync_all()?;
     Ok(path.to_owned())
+}
+
+/// Copies a file with its holes.
+///
+/// # Errors
+/// When it cannot be copied.
+pub fn copy_sparse(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let status = Command::new("cp")
+        .args(["--sparse=always", "--reflink=auto"])
+        .args([from, to])
+        .status()
+        .context("cannot run cp")?;
+    ensure!(status.success(), "cannot copy {} to {}", from.display(), to.display());
+    Ok(())
 }
 
 /// What a file takes of its disk, in bytes.

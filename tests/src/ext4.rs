@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::cluster::Ran;
+use crate::disk_file::copy_sparse;
 
 /// A file with an ext4 on it.
 #[derive(Clone, Debug)]
@@ -28,8 +29,7 @@ impl Ext4 {
     /// # Errors
     /// When it cannot be copied.
     pub fn copy_of(disk: &Path, to: &Path) -> Result<Self> {
-        let ran = run("cp", &["--sparse=always"], disk, &[&to.to_string_lossy()])?;
-        ensure!(ran.code == 0, "cp {}: {}", disk.display(), ran.stderr);
+        copy_sparse(disk, to)?;
         Ok(Self(to.to_owned()))
     }
 

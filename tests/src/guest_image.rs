@@ -6,6 +6,8 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, ensure};
 
+use crate::disk_file::copy_sparse;
+
 /// A kernel, an initramfs that finds `/dev/vda`, and an ext4 root for it.
 #[derive(Clone, Debug)]
 pub struct GuestImage {
@@ -90,13 +92,6 @@ impl GuestImage {
     /// # Errors
     /// When it cannot be copied.
     pub fn copy_disk(&self, to: &Path) -> Result<()> {
-        let status = Command::new("cp")
-            .args(["--sparse=always", "--reflink=auto"])
-            .arg(&self.disk)
-            .arg(to)
-            .status()
-            .context("cannot run cp")?;
-        ensure!(status.success(), "cannot copy {} to {}", self.disk.display(), to.display());
-        Ok(())
+        copy_sparse(&self.disk, to)
     }
 }

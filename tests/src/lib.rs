@@ -17,6 +17,7 @@
 //! | [`node_soak`] | nodes that die under load, for as long as one likes |
 //! | [`roles`] | the roles as processes, each of which can go away and come back |
 //! | [`scenario`] | the main job, end to end: what the demo shows and the tests assert |
+//! | [`seed`] | the seed with which a soak begins |
 //! | [`vm`] | a virtual machine under QEMU |
 //! | [`writer`] | what writes and commits in the place of a guest, and knows what must be there |
 
@@ -35,5 +36,6 @@ pub mod network;
 pub mod node_soak;
 pub mod roles;
 pub mod scenario;
+pub mod seed;
 pub mod vm;
 pub mod writer;

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use blobcr_bench::spread::Spread;
 use blobcr_proto::Hash;
 use blobcr_proto::record::{RecordKey, whole};
 use blobcr_proto::v1::{Codec, Record, RecordKind};
@@ -198,9 +199,8 @@ fn start(options: &Options, dir: &Path) -> anyhow::Result<f64> {
     Ok(time.as_secs_f64() * 1e3)
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+fn median(values: Vec<f64>) -> f64 {
+    Spread::of(values).map_or(f64::NAN, |spread| spread.median)
 }
 
 #[expect(clippy::print_stdout, reason = "what a benchmark is for")]

@@ -141,8 +141,8 @@ impl Mpi {
     /// Ends the job, by all of its ranks. Not by MPI_Abort: then launchers throw away what ranks
     /// have just said.
     pub(crate) fn end(&self, code: c_int) -> ! {
-        // MPICH before 4.2 over UCX can wait in MPI_Finalize for ever when the last message was the first
-        // one between its two ranks. What was said is out by then.
+        // MPICH before 4.2 over UCX can wait in MPI_Finalize for ever when ranks do not come there together
+        // (pmodels/mpich#6596). What was said is out by then.
         std::thread::spawn(move || {
             std::thread::sleep(FINALIZE);
             // SAFETY: it only ends the process.

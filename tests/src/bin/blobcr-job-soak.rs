@@ -5,10 +5,11 @@
 
 #![expect(clippy::print_stdout, reason = "this is a program for people")]
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use blobcr_tests::job_soak::Choice;
+use blobcr_tests::seed;
 
 const USAGE: &str = "usage: blobcr-job-soak [SEEDS]";
 const SEEDS: u64 = 6;
@@ -17,10 +18,7 @@ fn main() -> Result<()> {
     let mut words = std::env::args().skip(1);
     let seeds = words.next().map_or(Ok(SEEDS), |word| word.parse().context(USAGE))?;
     ensure!(words.next().is_none(), USAGE);
-    let first: u64 = match std::env::var("BLOBCR_SEED") {
-        Ok(given) => given.parse().context("BLOBCR_SEED is a number")?,
-        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
-    };
+    let first = seed::first()?;
     let mut failed = Vec::new();
     for seed in first..first + seeds {
         let choice = Choice::of(seed);

@@ -5,10 +5,11 @@
 
 #![expect(clippy::print_stdout, reason = "this is a program for people")]
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use blobcr_tests::node_soak::{Options, soak};
+use blobcr_tests::seed;
 
 const USAGE: &str =
     "usage: blobcr-node-soak [MINUTES] [--pool replica:3|ec:4+2] [--repair-wait SECONDS]";
@@ -27,10 +28,7 @@ fn options() -> Result<Options> {
             _ => bail!(USAGE),
         }
     }
-    let seed = match std::env::var("BLOBCR_SEED") {
-        Ok(given) => given.parse().context("BLOBCR_SEED is a number")?,
-        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
-    };
+    let seed = seed::first()?;
     let (time, repair) = (Duration::from_secs(60 * minutes), Duration::from_secs(repair));
     Options::new(&pool, time, repair, seed)
 }

@@ -5,7 +5,7 @@
 
 #![expect(clippy::print_stdout, reason = "this is a program for people")]
 
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use blobcr_tests::cluster::Cluster;
@@ -13,6 +13,7 @@ use blobcr_tests::disk_file::{noise, sparse};
 use blobcr_tests::integrity::model::{Tally, trial};
 use blobcr_tests::integrity::tools::{Engine, fio, fsx};
 use blobcr_tests::integrity::{COMMIT_EVERY, check_snapshots, with_commits};
+use blobcr_tests::seed;
 use rustix::process::Signal;
 
 /// Of the disk that fio and fsx get.
@@ -47,11 +48,7 @@ fn tools(seed: u64) -> Result<()> {
 fn main() -> Result<()> {
     let minutes = std::env::args().nth(1).map_or(Ok(MINUTES), |word| word.parse());
     let minutes = minutes.context("usage: blobcr-soak [MINUTES]")?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
-    let mut seed = match std::env::var("BLOBCR_SEED") {
-        Ok(given) => given.parse().context("BLOBCR_SEED is a number")?,
-        Err(_) => now,
-    };
+    let mut seed = seed::first()?;
     println!("BLOBCR_SEED={seed}, for {minutes} min");
     let (start, time) = (Instant::now(), Duration::from_secs(60 * minutes));
     let mut all = Tally::default();

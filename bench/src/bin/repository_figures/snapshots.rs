@@ -3,6 +3,7 @@
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
+use blobcr_bench::spread::Spread;
 use blobcr_tests::cluster::Cluster;
 use blobcr_tests::disk_file::{noise, sparse};
 use blobcr_tests::mounted::MountedDisk;
@@ -43,6 +44,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
                 few_ms.push(once(&few, at)? * 1e3);
             }
         }
+        let median = |ms| Spread::of(ms).map_or(f64::NAN, |spread: Spread| spread.median);
         let (few, many) = (median(few_ms), median(many_ms));
         println!("{what:<8} {few:>10.3} {many:>10.3} {:>8.2}", many / few);
     }
@@ -120,9 +122,4 @@ fn write_once(disk: &MountedDisk, salt: u64, number: u64) -> anyhow::Result<()> 
     let place = number.wrapping_mul(0x9E37_79B9_7F4A_7C15) % (SIZE / DIRTY as u64);
     disk.file().write_all_at(&noise(salt << 32 | number, DIRTY), place * DIRTY as u64)?;
     Ok(())
-}
-
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
 }
