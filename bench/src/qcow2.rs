@@ -2,24 +2,23 @@
 //! snapshots taken over QMP.
 
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
+use blobcr_tests::qmp::Qmp;
 use serde_json::{Value, json};
 
-/// How long the daemon may take to be ready, and to answer.
+/// How long the daemon may take to be ready.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A running `qemu-storage-daemon`. Ended and its files deleted on drop.
 #[derive(Debug)]
 pub struct Qcow2 {
     child: Child,
-    qmp: BufReader<UnixStream>,
+    qmp: Qmp,
     file: Option<File>,
     top: String,
     snapshots: usize,
@@ -54,10 +53,8 @@ impl Qcow2 {
             .stdin(Stdio::null())
             .spawn()
             .context("start qemu-storage-daemon (Debian: qemu-utils)")?;
-        let qmp = BufReader::new(connect(&dir_path.join("qmp"))?);
+        let qmp = connect(&dir_path.join("qmp"))?;
         let mut qcow2 = Self { child, qmp, file: None, top: "n0".to_owned(), snapshots: 0, dir };
-        qcow2.read_line()?;
-        qcow2.call("qmp_capabilities", &json!({}))?;
         qcow2.file = Some(OpenOptions::new().write(true).open(dir_path.join("disk"))?);
         Ok(qcow2)
     }
@@ -84,45 +81,20 @@ impl Qcow2 {
             "snapshot-node-name": overlay, "format": "qcow2",
         });
         let start = Instant::now();
-        self.call("blockdev-snapshot-sync", &arguments)?;
+        self.qmp.ask("blockdev-snapshot-sync", arguments)?;
         let took = start.elapsed();
         self.top = overlay;
         Ok(took)
     }
-
-    fn call(&mut self, verb: &str, arguments: &Value) -> anyhow::Result<Value> {
-        let request = json!({"execute": verb, "arguments": arguments});
-        writeln!(self.qmp.get_mut(), "{request}")?;
-        loop {
-            let answer = self.read_line()?;
-            if let Some(error) = answer.get("error") {
-                bail!("{verb}: {error}");
-            }
-            if let Some(value) = answer.get("return") {
-                return Ok(value.clone());
-            }
-        }
-    }
-
-    fn read_line(&mut self) -> anyhow::Result<Value> {
-        let mut line = String::new();
-        ensure!(self.qmp.read_line(&mut line)? > 0, "qemu-storage-daemon closed its monitor");
-        Ok(serde_json::from_str(&line)?)
-    }
 }
 
-fn connect(path: &PathBuf) -> anyhow::Result<UnixStream> {
+/// It listens a moment after it was started.
+fn connect(path: &Path) -> anyhow::Result<Qmp> {
     let start = Instant::now();
     loop {
-        match UnixStream::connect(path) {
-            Ok(stream) => {
-                stream.set_read_timeout(Some(LIMIT))?;
-                return Ok(stream);
-            }
-            Err(error) if start.elapsed() > LIMIT => {
-                return Err(error).context("connect to qemu-storage-daemon");
-            }
-            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        match Qmp::connect(path) {
+            Err(_) if start.elapsed() < LIMIT => std::thread::sleep(Duration::from_millis(20)),
+            connected => return connected.context("connect to qemu-storage-daemon"),
         }
     }
 }
@@ -130,8 +102,7 @@ fn connect(path: &PathBuf) -> anyhow::Result<UnixStream> {
 impl Drop for Qcow2 {
     fn drop(&mut self) {
         self.file = None;
-        let quit = json!({"execute": "quit"});
-        if writeln!(self.qmp.get_mut(), "{quit}").is_err() {
+        if self.qmp.ask("quit", Value::Null).is_err() {
             let _ = self.child.kill();
         }
         let _ = self.child.wait();

@@ -15,6 +15,7 @@
 //! | [`mounted`] | an attached disk: its file and its ioctls |
 //! | [`network`] | where processes live: loopback, or a network namespace each |
 //! | [`node_soak`] | nodes that die under load, for as long as one likes |
+//! | [`qmp`] | QEMU's machine protocol |
 //! | [`roles`] | the roles as processes, each of which can go away and come back |
 //! | [`scenario`] | the main job, end to end: what the demo shows and the tests assert |
 //! | [`seed`] | the seed with which a soak begins |
@@ -34,6 +35,7 @@ pub mod job_soak;
 pub mod mounted;
 pub mod network;
 pub mod node_soak;
+pub mod qmp;
 pub mod roles;
 pub mod scenario;
 pub mod seed;

@@ -4,25 +4,22 @@
 //! same way on every machine.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use serde_json::{Value, json};
+use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::Value;
 
 use crate::daemon::blobcr;
 use crate::guest_image::GuestImage;
+use crate::qmp::Qmp;
 
 const QEMU: &str = "qemu-system-x86_64";
 /// Between two looks at the console and the process.
 const PAUSE: Duration = Duration::from_millis(10);
-/// How long QEMU may take to answer one command.
-const QMP_TIME: Duration = Duration::from_secs(30);
 /// The kernel takes a command line of 2 KiB.
 const COMMAND_BYTES_MAX: usize = 1200;
 
@@ -348,56 +345,6 @@ impl Vm {
     /// When QEMU refuses it or does not answer.
     pub fn qmp(&self, command: &str, arguments: Value) -> Result<Value> {
         Qmp::connect(&self.qmp_socket())?.ask(command, arguments)
-    }
-}
-
-/// A conversation with QEMU in its machine protocol. A VM has one at a time.
-#[derive(Debug)]
-pub struct Qmp {
-    stream: UnixStream,
-    input: BufReader<UnixStream>,
-}
-
-impl Qmp {
-    /// Begins one.
-    ///
-    /// # Errors
-    /// When QEMU does not answer.
-    pub fn connect(path: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(path)
-            .with_context(|| format!("cannot connect to {}", path.display()))?;
-        stream.set_read_timeout(Some(QMP_TIME))?;
-        let mut qmp = Self { input: BufReader::new(stream.try_clone()?), stream };
-        let mut greeting = String::new();
-        qmp.input.read_line(&mut greeting)?;
-        qmp.ask("qmp_capabilities", Value::Null)?;
-        Ok(qmp)
-    }
-
-    /// Gives QEMU one command and returns its answer.
-    ///
-    /// # Errors
-    /// When QEMU refuses it or does not answer.
-    pub fn ask(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        let mut request = json!({ "execute": command });
-        if !arguments.is_null() {
-            request["arguments"] = arguments;
-        }
-        writeln!(self.stream, "{request}")?;
-        loop {
-            let mut line = String::new();
-            if self.input.read_line(&mut line)? == 0 {
-                bail!("QEMU closed its control socket during {command}");
-            }
-            let answer: Value = serde_json::from_str(&line)?;
-            if let Some(error) = answer.get("error") {
-                bail!("{command}: {}", error["desc"]);
-            }
-            if let Some(value) = answer.get("return") {
-                return Ok(value.clone());
-            }
-            // Otherwise an event.
-        }
     }
 }
 

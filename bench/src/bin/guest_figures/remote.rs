@@ -10,7 +10,7 @@ use std::sync::{Arc, Barrier, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use blobcr_tests::vm::Qmp;
+use blobcr_tests::qmp::Qmp;
 use serde_json::{Value, json};
 
 /// Between two looks at whether a disk is copied.
