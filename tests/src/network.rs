@@ -264,9 +264,12 @@ mod tests {
 
     use super::*;
 
-    fn exchange(a: &Host, b: &Host) -> Result<()> {
+    /// A bridge may take a second to pass on what a new port sends: a first SYN may be lost.
+    const PATIENCE: Duration = Duration::from_secs(10);
+    const SILENCE: Duration = Duration::from_secs(1);
+
+    fn exchange(a: &Host, b: &Host, patience: Duration) -> Result<()> {
         let listener = b.enter(|| TcpListener::bind(b.address(0)))??;
-        let patience = Duration::from_secs(1);
         let mut stream =
             a.enter(|| TcpStream::connect_timeout(&b.address(0), patience))?.context("connect")?;
         stream.write_all(b"x")?;
@@ -280,7 +283,7 @@ mod tests {
     fn hosts_on_loopback_reach_each_other() -> Result<()> {
         let (mut network, mut other) = (Network::loopback(), Network::loopback());
         let (a, b) = (network.host()?, network.host()?);
-        exchange(&a, &b)?;
+        exchange(&a, &b, PATIENCE)?;
         assert_ne!(other.host()?.address(0), a.address(0));
         assert!(network.cut_off(&a).is_err());
         Ok(())
@@ -295,13 +298,13 @@ mod tests {
         let before = names(interfaces()?);
         let mut network = Network::isolated()?;
         let (a, b) = (network.host()?, network.host()?);
-        exchange(&a, &b)?;
+        exchange(&a, &b, PATIENCE)?;
         network.cut_off(&b)?;
-        let silent = exchange(&a, &b).err().context("it was reached")?;
+        let silent = exchange(&a, &b, SILENCE).err().context("it was reached")?;
         let kind = silent.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
         assert_eq!(kind, Some(std::io::ErrorKind::TimedOut), "{silent:#}");
         network.join(&b)?;
-        exchange(&a, &b)?;
+        exchange(&a, &b, PATIENCE)?;
         assert_eq!(names(interfaces()?), before, "the host's own network is as it was");
         Ok(())
     }
