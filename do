@@ -68,10 +68,12 @@ do_check() {
   fi
 }
 
-# bench [ARGS]   Downtime of COMMIT by how much is dirty, beside qcow2
+# bench [NAMES]  Benchmarks beside the alternatives, with JSON, plots and a page; `./do bench --help` lists them
 do_bench() {
+  step "Install what is missing"
+  tests/setup.sh
   cargo build --release --locked -p blobcr-cli -p blobcr-bench
-  exec target/release/checkpoint_downtime "$@"
+  exec target/release/blobcr-bench "$@"
 }
 
 # figures FIGURE [ARGS]  Overhead, repair, status, collect, snapshots, or all: beside theory or alternative

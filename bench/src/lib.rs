@@ -1,10 +1,14 @@
-//! What the benchmarks share.
+//! Benchmarks.
 //!
-//! Every benchmark is a binary in `src/bin/` that runs us and, where there is one, the alternative
-//! in the same run, and prints the ratio: the machines are shared, so an absolute time means
-//! little. None of them passes or fails.
+//! [`suite`] is what `./do bench` runs: us and the alternatives by turns in the same run, with the
+//! ratio, because the machines are shared and an absolute time means little. [`report`] is what
+//! becomes of the figures, [`peers`] are the alternatives. Other programs in `src/bin/` look at one
+//! part each. None of them passes or fails.
 
+pub mod fio;
 pub mod latency;
-pub mod qcow2;
+pub mod peers;
+pub mod report;
 pub mod spread;
+pub mod suite;
 pub mod vm_channel;

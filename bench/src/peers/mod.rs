@@ -1,0 +1,3 @@
+//! The alternatives, as real programs.
+
+pub mod storage_daemon;

@@ -1,0 +1,135 @@
+//! Downtime of COMMIT, by how much is dirty: the ioctl, and the call that a guest makes through its
+//! VM's channel; beside them external and internal snapshots of a qcow2 file.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use blobcr_tests::cluster::Cluster;
+use blobcr_tests::mounted::MountedDisk;
+use rand::RngCore;
+
+use super::Settings;
+use crate::latency::Latencies;
+use crate::peers::storage_daemon::{Format, StorageDaemon};
+use crate::report::{Bound, Report, Table};
+use crate::vm_channel::VmChannel;
+
+const MIB: u64 = 1 << 20;
+const WRITE_BYTES: usize = 1 << 20;
+/// Each of qcow2's external snapshots adds a file to a chain.
+const QCOW2_SAMPLES: u64 = 20;
+const SUBJECTS: [&str; 4] =
+    ["COMMIT (ioctl)", "CHECKPOINT (guest's call)", "qcow2 external", "qcow2 internal"];
+
+/// Two contents of a disk, written by turns: every write changes every byte, and yet what has to
+/// be stored stays bounded, because the repository keeps equal chunks once.
+struct Contents {
+    random: Vec<u8>,
+    round: usize,
+}
+
+impl Contents {
+    fn new() -> Self {
+        let mut random = vec![0; 2 * WRITE_BYTES];
+        rand::rng().fill_bytes(&mut random);
+        Self { random, round: 0 }
+    }
+
+    /// Writes `mib` MiB of the next content.
+    fn dirty(&mut self, mib: u64, file: &File) -> anyhow::Result<()> {
+        self.round ^= 1;
+        for index in 0..mib {
+            // A shift by the index makes every MiB another one.
+            let start = self.round * (WRITE_BYTES / 2) + (index as usize * 64) % (WRITE_BYTES / 2);
+            file.write_all_at(&self.random[start..start + WRITE_BYTES], index * MIB)?;
+        }
+        Ok(())
+    }
+}
+
+/// The ioctl's latencies, and those of the guest's call.
+fn ours(cluster: &Cluster, samples: u64, mib: u64) -> anyhow::Result<[Latencies; 2]> {
+    let name = format!("dirty-{mib}");
+    let raw = cluster.scratch().join(&name);
+    File::create(&raw)?.set_len((mib + 1) * MIB)?;
+    cluster.import(&raw, &name)?;
+    let path = cluster.attach(&name, &name)?;
+    let disk = MountedDisk::open(&path, false)?;
+    let mut channel = VmChannel::add(cluster, &format!("vm-{mib}"), &name)?;
+    let mut contents = Contents::new();
+    // The first CHECKPOINT also makes the checkpoint image: that is not what is measured here.
+    disk.commit_stable()?;
+    let (mut ioctl, mut call) = (Latencies::new()?, Latencies::new()?);
+    for _ in 0..samples {
+        contents.dirty(mib, disk.file())?;
+        let began = Instant::now();
+        disk.commit()?;
+        ioctl.record(began.elapsed());
+        disk.commit_stable()?;
+        contents.dirty(mib, disk.file())?;
+        call.record(channel.checkpoint()?);
+        disk.commit_stable()?;
+    }
+    drop(disk);
+    cluster.json(&["vm", "remove", &format!("vm-{mib}")])?;
+    cluster.json(&["disk", "detach", &name, "--discard-changes"])?;
+    Ok([ioctl, call])
+}
+
+fn qcow2(
+    cluster: &Cluster,
+    samples: u64,
+    mib: u64,
+    snapshot: fn(&mut StorageDaemon) -> anyhow::Result<Duration>,
+) -> anyhow::Result<Latencies> {
+    let size = (mib + 1) * MIB;
+    let mut daemon = StorageDaemon::start(cluster.scratch(), Format::Qcow2, size, false)?;
+    let file = OpenOptions::new().write(true).open(daemon.export())?;
+    let mut contents = Contents::new();
+    let mut latencies = Latencies::new()?;
+    for _ in 0..samples {
+        contents.dirty(mib, &file)?;
+        latencies.record(snapshot(&mut daemon)?);
+    }
+    Ok(latencies)
+}
+
+pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
+    let sizes: &[u64] = if settings.quick { &[1, 4] } else { &[10, 1024, 4096] };
+    // At 4 GiB a COMMIT takes seconds to persist, and 25 of them minutes.
+    let samples = |mib: u64| settings.size(if mib > 1024 { 25 } else { 100 }, 3);
+    let mut report = Report::new("", "Downtime of a checkpoint, by how much is dirty");
+    report.setup.push(format!(
+        "Dirtied before each snapshot by writes of 1 MiB; {} COMMITs of each size ({} of the \
+         largest), {QCOW2_SAMPLES} snapshots of qcow2.",
+        samples(0),
+        samples(u64::MAX)
+    ));
+    let mut half = Table::new("half of the calls took no longer", "µs", false, &SUBJECTS);
+    let mut most = Table::new("99 of 100 calls took no longer", "µs", false, &SUBJECTS);
+    let mut worst = Vec::new();
+    let cluster = settings.cluster(&settings.disk_dir, &[])?;
+    for &mib in sizes {
+        let [ioctl, call] = ours(&cluster, samples(mib), mib)?;
+        let qcow2_samples = settings.size(QCOW2_SAMPLES, 2);
+        let external = qcow2(&cluster, qcow2_samples, mib, StorageDaemon::snapshot)?;
+        let internal = qcow2(&cluster, qcow2_samples, mib, StorageDaemon::internal_snapshot)?;
+        let label = format!("{mib} MiB dirty");
+        for (subject, latencies) in [ioctl, call, external, internal].iter().enumerate() {
+            let summary = latencies.summary();
+            half.add(&label, subject, summary.p50_us);
+            most.add(&label, subject, summary.p99_us);
+            if subject == 0 {
+                worst.push(summary.p99_us);
+            }
+        }
+    }
+    let (least, greatest) =
+        worst.iter().fold((f64::MAX, 0.0_f64), |(a, b), p99| (a.min(*p99), b.max(*p99)));
+    report.claim("p99 of COMMIT's ioctl", Bound::AtMost(1000.0), Some(greatest), "µs");
+    let flat = Some(greatest / least);
+    report.claim("the largest p99 against the smallest", Bound::AtMost(1.5), flat, "×");
+    report.tables = vec![half, most];
+    Ok(report)
+}

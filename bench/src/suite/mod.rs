@@ -1,0 +1,87 @@
+//! The benchmarks that `./do bench` runs. Each is a file here: it runs us and the alternatives by
+//! turns, round after round, and returns a [`Report`].
+
+mod downtime;
+mod guest_io;
+
+use std::path::{Path, PathBuf};
+
+use blobcr_tests::cluster::Cluster;
+use clap::ValueEnum;
+use tempfile::TempDir;
+
+use crate::report::Report;
+
+/// What there is to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Benchmark {
+    /// Reads and writes of a guest where files are in memory: what the front end costs
+    GuestIoMemory,
+    /// Reads and writes of a guest where files are on a disk
+    GuestIoDisk,
+    /// COMMIT and a guest's CHECKPOINT, by how much is dirty, beside snapshots of qcow2
+    Downtime,
+}
+
+/// Where and how much.
+#[derive(Debug)]
+pub struct Settings {
+    /// A directory on the disk to measure.
+    pub disk_dir: PathBuf,
+    /// A directory in memory.
+    pub memory_dir: PathBuf,
+    /// How often each measurement is repeated.
+    pub rounds: u32,
+    /// Just enough to see that it works; the figures mean nothing.
+    pub quick: bool,
+}
+
+impl Benchmark {
+    /// Its name on the command line.
+    #[must_use]
+    pub fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    /// Runs it. Nothing is left mounted, running or on the disk.
+    ///
+    /// # Errors
+    /// When a part of it, or an alternative that must be there, fails.
+    pub fn run(self, settings: &Settings) -> anyhow::Result<Report> {
+        let mut report = match self {
+            Self::GuestIoMemory => guest_io::run(settings, guest_io::Place::Memory),
+            Self::GuestIoDisk => guest_io::run(settings, guest_io::Place::Disk),
+            Self::Downtime => downtime::run(settings),
+        }?;
+        report.name = self.name();
+        report.setup.push(machine());
+        Ok(report)
+    }
+}
+
+impl Settings {
+    /// The usual size, or a small one where only the working is of interest.
+    fn size(&self, usual: u64, small: u64) -> u64 {
+        if self.quick { small } else { usual }
+    }
+
+    fn scratch(&self, parent: &Path) -> anyhow::Result<TempDir> {
+        Ok(tempfile::Builder::new()
+            .prefix("blobcr-bench-")
+            .tempdir_in(std::path::absolute(parent)?)?)
+    }
+
+    fn cluster(&self, parent: &Path, args: &[&str]) -> anyhow::Result<Cluster> {
+        Cluster::start_in(self.scratch(parent)?, args)
+    }
+}
+
+/// What it ran on: figures of one machine say little of another.
+fn machine() -> String {
+    let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let model = model.map_or("processor unknown", |(_, model)| model);
+    format!("{cores} cores, {model}, Linux {}.", kernel.trim())
+}
