@@ -14,7 +14,8 @@ use bytes::Bytes;
 use rustix::io::Errno;
 
 use crate::disk::{
-    Attempt, BaseError, CheckpointImage, Committed, DiskError, Settled, UpstreamError, Zero,
+    Attempt, BaseError, CheckpointImage, ColdRead, Committed, DiskError, QuickRead, Settled,
+    UpstreamError, Zero,
 };
 use crate::images::ImageFile;
 use crate::ioctl;
@@ -147,19 +148,21 @@ impl OpenFile {
         self.size_bytes().saturating_sub(offset).min(len as u64) as usize
     }
 
-    /// Reads into `out`: how many bytes, up to the end of the file. `None`: [`Self::read`] must.
-    pub(crate) fn try_read(&self, offset: u64, out: &mut [u8]) -> Result<Option<usize>, Errno> {
+    /// Reads into `out` what is in this host's memory.
+    pub(crate) fn try_read(&self, offset: u64, out: &mut [u8]) -> Result<TryRead, Errno> {
         let len = self.clip(offset, out.len());
         if len == 0 {
-            return Ok(Some(0));
+            return Ok(TryRead::Done(0));
         }
         match self {
-            Self::Image(image) => {
-                image.try_read(offset, &mut out[..len]).map_err(|error| image_errno(image, &error))
-            }
-            Self::Disk(disk) => match disk.disk.try_read(offset, &mut out[..len]) {
-                Ok(Attempt::Done) => Ok(Some(len)),
-                Ok(Attempt::NeedsAsync { .. }) => Ok(None),
+            Self::Image(image) => match image.try_read(offset, &mut out[..len]) {
+                Ok(read) => Ok(read.map_or(TryRead::Later, TryRead::Done)),
+                Err(error) => Err(image_errno(image, &error)),
+            },
+            Self::Disk(disk) => match disk.disk.quick_read(offset, &mut out[..len]) {
+                Ok(QuickRead::Done) => Ok(TryRead::Done(len)),
+                Ok(QuickRead::Cold(cold)) => Ok(TryRead::Cold(cold)),
+                Ok(QuickRead::NeedsAsync) => Ok(TryRead::Later),
                 Err(error) => Err(disk_errno(&error)),
             },
         }
@@ -302,6 +305,17 @@ impl OpenFile {
             ioctl::Request::Status { number } => status_reply(served, number).await,
         }
     }
+}
+
+/// How far [`OpenFile::try_read`] got.
+#[derive(Debug)]
+pub(crate) enum TryRead {
+    /// So many bytes are read, up to the end of the file.
+    Done(usize),
+    /// A device has to be waited for.
+    Cold(ColdRead),
+    /// [`OpenFile::read`] must.
+    Later,
 }
 
 /// How far [`OpenFile::try_write`] got.

@@ -25,12 +25,13 @@ use fuser::{
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use crate::file::{Handles, OpenFile, TryWrite, ZeroRange};
+use crate::file::{Handles, OpenFile, TryRead, TryWrite, ZeroRange};
 use crate::inode::{self, Inode};
 use crate::ioctl;
 use crate::listing::Directory;
 use crate::mount::{self, MountError};
 use crate::view::{Attributes, Kind, Listed, NAME_TTL, View};
+use crate::waiting::Waiting;
 
 /// Bytes of one read or write: as much as the kernel sends unless told otherwise.
 const TRANSFER_BYTES_MAX: u32 = 1 << 20;
@@ -55,6 +56,7 @@ pub(crate) struct Front {
     runtime: Handle,
     files: Arc<Handles<OpenFile>>,
     directories: Handles<Directory>,
+    waiting: Waiting,
     /// Whose file system `statfs` tells of.
     host_dir: File,
 }
@@ -123,6 +125,16 @@ fn answer_attr(reply: ReplyAttr, found: Result<Attributes, rustix::io::Errno>) {
     }
 }
 
+/// Reads what may need the network, or a device.
+fn read_later(runtime: &Handle, file: Arc<OpenFile>, offset: u64, len: usize, reply: ReplyData) {
+    runtime.spawn(async move {
+        match file.read(offset, len).await {
+            Ok(bytes) => reply.data(&bytes),
+            Err(error) => reply.error(errno(error)),
+        }
+    });
+}
+
 fn answer_empty(reply: ReplyEmpty, done: Result<(), rustix::io::Errno>) {
     match done {
         Ok(()) => reply.ok(),
@@ -141,9 +153,14 @@ const SEEK_DATA: i32 = 3;
 const SEEK_HOLE: i32 = 4;
 
 impl Front {
-    pub(crate) fn new(view: Arc<View>, runtime: Handle, host_dir: File) -> Self {
+    pub(crate) fn new(
+        view: Arc<View>,
+        runtime: Handle,
+        host_dir: File,
+        options: FrontOptions,
+    ) -> Self {
         let (files, directories) = (Arc::default(), Handles::default());
-        Self { view, runtime, files, directories, host_dir }
+        Self { view, runtime, files, directories, waiting: Waiting::new(options.threads), host_dir }
     }
 
     fn file(&self, handle: FileHandle) -> Result<Arc<OpenFile>, rustix::io::Errno> {
@@ -167,16 +184,17 @@ impl Front {
                 buffer.resize(len.max(TRANSFER_BYTES_MAX as usize), 0);
             }
             match file.try_read(offset, &mut buffer[..len]) {
-                Ok(Some(read)) => reply.data(&buffer[..read]),
-                Err(error) => reply.error(errno(error)),
-                Ok(None) => {
-                    self.runtime.spawn(async move {
-                        match file.read(offset, len).await {
-                            Ok(bytes) => reply.data(&bytes),
-                            Err(error) => reply.error(errno(error)),
-                        }
+                Ok(TryRead::Done(read)) => reply.data(&buffer[..read]),
+                Ok(TryRead::Later) => read_later(&self.runtime, file, offset, len, reply),
+                Ok(TryRead::Cold(cold)) => {
+                    let runtime = self.runtime.clone();
+                    self.waiting.read(cold, buffer, move |read| match read {
+                        Ok(bytes) => reply.data(bytes),
+                        // Whatever it was, the other way fails with the right error.
+                        Err(_) => read_later(&runtime, file, offset, len, reply),
                     });
                 }
+                Err(error) => reply.error(errno(error)),
             }
         });
     }
@@ -394,11 +412,13 @@ impl Filesystem for Front {
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, handle: FileHandle, _: bool, reply: ReplyEmpty) {
-        match self.file(handle) {
-            Err(error) => reply.error(errno(error)),
-            Ok(file) => {
-                drop(self.runtime.spawn_blocking(move || answer_empty(reply, file.flush())))
-            }
+        let file = match self.file(handle) {
+            Ok(file) => file,
+            Err(error) => return reply.error(errno(error)),
+        };
+        match self.waiting.permit() {
+            Some(_permit) => guarded(|| answer_empty(reply, file.flush())),
+            None => drop(self.runtime.spawn_blocking(move || answer_empty(reply, file.flush()))),
         }
     }
 

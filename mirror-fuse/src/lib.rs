@@ -32,8 +32,10 @@ pub mod ioctl;
 mod listing;
 pub mod mount;
 mod registry;
+mod ring;
 pub mod upstream;
 mod view;
+mod waiting;
 
 pub use host::{Host, HostError, HostOptions};
 pub use identity::DirectoryError;

@@ -2,11 +2,13 @@
 //! does not say that a sector is present.
 
 use std::fs::File;
+use std::io::IoSliceMut;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{Advice, SeekFrom};
+use rustix::io::{Errno, ReadWriteFlags};
 
 use super::DiskError;
 use super::files::Files;
@@ -50,8 +52,25 @@ impl Delta {
         read.map_err(|error| self.files.error(Which::Delta, "read", error))
     }
 
+    /// Reads what is in the host's page cache; `false`: not all of it is.
+    pub(super) fn read_cached(&self, offset: u64, out: &mut [u8]) -> Result<bool, DiskError> {
+        let len = out.len();
+        let flags = ReadWriteFlags::NOWAIT;
+        match rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(out)], offset, flags) {
+            Ok(read) => Ok(read == len),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            // A file system that cannot tell.
+            Err(Errno::OPNOTSUPP) => self.read(offset, out).map(|()| true),
+            Err(error) => Err(self.files.error(Which::Delta, "read", error.into())),
+        }
+    }
+
     pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
         self.files.write_all_at(Which::Delta, &self.file, bytes, offset)
+    }
+
+    pub(super) const fn file(&self) -> &File {
+        &self.file
     }
 
     /// Makes a range of whole sectors zero and gives its blocks back.

@@ -83,6 +83,7 @@ use tokio::task::JoinHandle;
 pub use budget::{Budget, Budgets};
 pub use error::{BaseError, DiskError, UpstreamError};
 pub use io::{FileIo, HostFiles, Which};
+pub use read::{ColdRead, QuickRead};
 pub use spec::{DiskDeps, DiskSpec};
 pub use upstreams::{
     Base, BaseOpener, Persisted, SnapshotChunks, SnapshotKey, Source, Upstream, Work,
@@ -92,7 +93,6 @@ pub(crate) use shared::pin_holder;
 
 use aside::Room;
 use generation::Generation;
-use read::{FetchedChunks, Go};
 use shared::{Shared, Start};
 use write::{Fetched, Progress};
 
@@ -109,7 +109,7 @@ pub const KEY_BYTES_MAX: usize = 256;
 pub enum Attempt {
     /// It is done.
     Done,
-    /// Its first `done` bytes are done (0 for a read); the rest must go to the asynchronous form.
+    /// Its first `done` bytes are done; the rest must go to the asynchronous form.
     NeedsAsync {
         /// Bytes from the request's offset on that need no more work.
         done: u64,
@@ -227,25 +227,10 @@ impl Disk {
         self.shared.spec.size_bytes
     }
 
-    /// Reads what is on this host; no allocation, no lock, no network.
-    ///
-    /// # Errors
-    /// When the range is beyond the end, or the host fails.
-    pub fn try_read(&self, offset: u64, out: &mut [u8]) -> Result<Attempt, DiskError> {
-        self.shared.check_range(offset, out.len() as u64)?;
-        let mut attempt = Attempt::Done;
-        let generation = self.shared.generation.load();
-        generation.read(offset, out, &FetchedChunks::new(), &mut |_| {
-            attempt = Attempt::NeedsAsync { done: 0 };
-            Go::Stop
-        })?;
-        Ok(attempt)
-    }
-
     /// Reads, and fetches what is missing.
     ///
     /// # Errors
-    /// As [`Self::try_read`], and when the repository was not reached within the limit.
+    /// As [`Self::quick_read`], and when the repository was not reached within the limit.
     pub async fn read(&self, offset: u64, len: usize) -> Result<Bytes, DiskError> {
         self.shared.check_range(offset, len as u64)?;
         self.shared.generation.load_full().read_all(offset, len).await

@@ -2,14 +2,15 @@
 //! a bit is set only after the sector's bytes are there.
 
 use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::future::try_join_all;
 
-use super::DiskError;
 use super::generation::Generation;
 use super::shape::{Piece, SECTOR, Sectors};
+use super::{Disk, DiskError};
 
 /// Chunks of the base that were fetched for a read; `None`: zeros.
 pub(super) type FetchedChunks = HashMap<u64, Option<Bytes>>;
@@ -22,7 +23,78 @@ struct Run {
     len: usize,
 }
 
+/// How far a read got that must wait neither for the network nor for a device.
+#[derive(Debug)]
+pub enum QuickRead {
+    /// It is done.
+    Done,
+    /// The bytes are on this host, in a file that has to be read from its device.
+    Cold(ColdRead),
+    /// [`Disk::read`] must do it.
+    NeedsAsync,
+}
+
+/// A range of a disk that is whole in one file of this host. What is read from it now is what the disk
+/// held at some moment since [`Disk::quick_read`] was called.
+#[derive(Debug)]
+pub struct ColdRead {
+    generation: Arc<Generation>,
+    /// In that file.
+    pub offset: u64,
+    /// Bytes.
+    pub len: usize,
+}
+
+impl AsFd for ColdRead {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.generation.delta.file().as_fd()
+    }
+}
+
+impl ColdRead {
+    /// Reads it here; blocks.
+    ///
+    /// # Errors
+    /// When the host fails.
+    pub fn read(&self, out: &mut [u8]) -> Result<(), DiskError> {
+        self.generation.delta.read(self.offset, &mut out[..self.len])
+    }
+}
+
+impl Disk {
+    /// Reads what is in this host's memory; no allocation, no lock, no wait for a device unless the
+    /// range is in more than one file.
+    ///
+    /// # Errors
+    /// When the range is beyond the end, or the host fails.
+    pub fn quick_read(&self, offset: u64, out: &mut [u8]) -> Result<QuickRead, DiskError> {
+        self.shared.check_range(offset, out.len() as u64)?;
+        let generation = self.shared.generation.load();
+        if generation.is_local(offset, out.len()) {
+            if generation.delta.read_cached(offset, out)? {
+                return Ok(QuickRead::Done);
+            }
+            let generation = Arc::clone(&generation);
+            return Ok(QuickRead::Cold(ColdRead { generation, offset, len: out.len() }));
+        }
+        let mut read = QuickRead::Done;
+        generation.read(offset, out, &FetchedChunks::new(), &mut |_| {
+            read = QuickRead::NeedsAsync;
+            Go::Stop
+        })?;
+        Ok(read)
+    }
+}
+
 impl Generation {
+    /// Whether the delta holds the whole range. Once it does, it does for ever.
+    fn is_local(&self, offset: u64, len: usize) -> bool {
+        self.shape.pieces(offset, len as u64).all(|piece| {
+            let touched = self.shape.touched(piece);
+            self.map.run(piece.chunk, touched) == (true, touched.end)
+        })
+    }
+
     /// Reads what is on this host and in `fetched`; shows the chunks of the base that are missing
     /// (once each), and leaves their part of `out` as it is.
     pub(super) fn read(

@@ -1,4 +1,5 @@
 mod cases;
+mod cold;
 mod crash_files;
 mod killed;
 mod model;

@@ -535,6 +535,15 @@ impl Disk {
         self.read(0, self.size_bytes() as usize).await.unwrap().to_vec()
     }
 
+    /// Reads what is on this host, wherever.
+    pub(crate) fn try_read(&self, offset: u64, out: &mut [u8]) -> Result<Attempt, DiskError> {
+        match self.quick_read(offset, out)? {
+            QuickRead::Done => Ok(Attempt::Done),
+            QuickRead::Cold(cold) => cold.read(out).map(|()| Attempt::Done),
+            QuickRead::NeedsAsync => Ok(Attempt::NeedsAsync { done: 0 }),
+        }
+    }
+
     /// Writes as the front end does.
     pub(crate) async fn put(self: &Arc<Self>, offset: u64, data: &[u8]) {
         if let Attempt::NeedsAsync { done } = self.try_write(offset, data).unwrap() {
