@@ -1,7 +1,6 @@
 //! Channels over vsock: whose a connection is says the CID that the host's kernel reports of its peer.
 //! A guest cannot choose it: its hypervisor gave it to the VM.
 
-use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -30,12 +29,6 @@ impl Cid {
 
     pub(crate) fn get(self) -> u32 {
         self.0
-    }
-}
-
-impl fmt::Display for Cid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
     }
 }
 
