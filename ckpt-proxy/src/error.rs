@@ -57,6 +57,20 @@ pub enum ProxyError {
         /// Why not.
         source: std::io::Error,
     },
+    /// The kernel has no vsock.
+    #[error(
+        "this host's kernel has no vsock; load its module vhost_vsock, or start the proxy without \
+         `--vsock`: every VM has a socket of its own as well"
+    )]
+    NoVsock,
+    /// The port for guests over vsock cannot be had.
+    #[error("cannot listen for guests on the vsock port {port}: {source}")]
+    ListenVsock {
+        /// The port.
+        port: u32,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// A name that is not allowed.
     #[error(transparent)]
     BadName(#[from] NameError),
@@ -65,7 +79,8 @@ pub enum ProxyError {
     Invalid(String),
     /// The VM exists with other disks.
     #[error(
-        "the VM {0} exists already with other disks, groups or without a token; remove it first"
+        "the VM {0} exists already with other disks, groups or CID, or without a token; remove it \
+         first"
     )]
     VmExists(String),
     /// A disk can belong to one VM only.
@@ -73,6 +88,14 @@ pub enum ProxyError {
     DiskTaken {
         /// The disk.
         disk: String,
+        /// Its VM.
+        vm: String,
+    },
+    /// A CID is that of one VM only.
+    #[error("the CID {cid} is that of the VM {vm}; give this one another, or remove that VM first")]
+    CidTaken {
+        /// The CID.
+        cid: u32,
         /// Its VM.
         vm: String,
     },
@@ -90,6 +113,15 @@ pub enum ProxyError {
     Stopping,
 }
 
+impl ProxyError {
+    pub(crate) fn vsock(port: u32, source: std::io::Error) -> Self {
+        match source.raw_os_error() {
+            Some(libc::EAFNOSUPPORT) => Self::NoVsock,
+            _ => Self::ListenVsock { port, source },
+        }
+    }
+}
+
 impl From<ProxyError> for tonic::Status {
     fn from(error: ProxyError) -> Self {
         let message = error.to_string();
@@ -101,13 +133,17 @@ impl From<ProxyError> for tonic::Status {
             | ProxyError::PathTooLong { .. } => Self::invalid_argument(message),
             ProxyError::VmExists(_) => Self::already_exists(message),
             ProxyError::DiskTaken { .. }
+            | ProxyError::CidTaken { .. }
             | ProxyError::SocketInUse(_)
             | ProxyError::InTheWay(_)
             | ProxyError::Locked(_) => Self::failed_precondition(message),
             ProxyError::NoSuchVm(_) => Self::not_found(message),
             ProxyError::TooManyVms(_) => Self::resource_exhausted(message),
             ProxyError::Stopping => Self::unavailable(message),
-            ProxyError::Io { .. } | ProxyError::Listen { .. } => Self::internal(message),
+            ProxyError::Io { .. }
+            | ProxyError::Listen { .. }
+            | ProxyError::NoVsock
+            | ProxyError::ListenVsock { .. } => Self::internal(message),
         }
     }
 }

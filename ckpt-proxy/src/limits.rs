@@ -38,6 +38,9 @@ pub(crate) const GREETINGS_MAX: usize = 64;
 /// Of those, from one address: a guest that holds all that it can leaves room for the others.
 pub(crate) const GREETINGS_PER_ADDRESS_MAX: usize = 8;
 
+/// Connections over vsock that the kernel keeps until they are taken up: as many as over TCP.
+pub(crate) const BACKLOG: i32 = 128;
+
 /// Lines of the log within ten seconds that one VM can cause by what costs it nothing. The quickest
 /// jobs cause one a second; a guest that does nothing else makes some 100 MB a day of it.
 pub(crate) const LINES_MAX: u32 = 100;

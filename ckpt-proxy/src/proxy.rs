@@ -1,22 +1,24 @@
 //! [`Proxy`]: the VMs of this host.
 
-use std::fmt::Display;
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use blobcr_proto::name::GroupName;
+use blobcr_proto::VmName;
 use blobcr_proto::v1;
 use blobcr_proto::v1::checkpoint_server::CheckpointServer;
-use blobcr_proto::{DiskName, VmName};
+use socket2::Socket;
+use tokio::io::unix::AsyncFd;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::error::ProxyError;
-use crate::limits::{DISKS_PER_VM_MAX, GROUPS_PER_VM_MAX, Limits, VMS_MAX};
+use crate::limits::VMS_MAX;
 use crate::lines::Lines;
+use crate::new_vm::{NewVm, check_cid, check_disks, check_groups};
+use crate::options::ProxyOptions;
 use crate::records::{self, VmRecord};
 use crate::requests::{Backend, Vm};
 use crate::served::{Channel, Served, Vms};
@@ -24,54 +26,7 @@ use crate::service::CheckpointService;
 use crate::sockets;
 use crate::tcp::{self, Guests};
 use crate::upstream::Upstream;
-
-/// The hypervisor's user and group may use a socket; the directory's group decides which that is.
-const SOCKET_MODE: u32 = 0o660;
-
-/// What a proxy is started with.
-#[derive(Clone, Debug)]
-pub struct ProxyOptions {
-    /// The directory of the VMs' sockets and records; made when it is not there.
-    pub sockets: PathBuf,
-    /// The address of this host's mirror, `HOST:PORT`. It need not be up yet.
-    pub mirror: String,
-    /// The mode of the sockets. Whoever may connect to one speaks for its VM.
-    pub socket_mode: u32,
-    /// Where guests that reach this host by a network only are served; `None`: nowhere.
-    pub guests: Option<SocketAddr>,
-    /// Times and numbers.
-    pub limits: Limits,
-}
-
-/// A VM to add.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct NewVm {
-    /// Its name.
-    pub name: String,
-    /// Its disks, which are checkpointed behind one barrier.
-    pub disks: Vec<String>,
-    /// The groups of whose sets it may be a member.
-    pub groups: Vec<String>,
-    /// Whether it gets a token for a channel over TCP.
-    pub tcp: bool,
-    /// A VM that is there gets these disks in place of its own, and these groups besides its own.
-    /// It keeps its token; its connections end.
-    pub replace: bool,
-}
-
-impl ProxyOptions {
-    /// Options with the usual limits.
-    #[must_use]
-    pub fn new(sockets: impl Into<PathBuf>, mirror: impl Into<String>) -> Self {
-        Self {
-            sockets: sockets.into(),
-            mirror: mirror.into(),
-            socket_mode: SOCKET_MODE,
-            guests: None,
-            limits: Limits::default(),
-        }
-    }
-}
+use crate::vsock::{self, Cid, Vsock};
 
 pub(crate) struct Inner {
     dir: PathBuf,
@@ -80,6 +35,8 @@ pub(crate) struct Inner {
     vms: Vms,
     /// Where VMs that have a token are served over TCP.
     guests: Option<SocketAddr>,
+    /// The port at which VMs that have a CID are served over vsock.
+    vsock: Option<u32>,
     /// Ends listeners and connections, before what they wait for ends: a guest that hears nothing
     /// asks the next proxy again, and one that hears of a failure does not.
     closing: CancellationToken,
@@ -109,7 +66,7 @@ impl Proxy {
     /// When another proxy serves the directory, the directory cannot be used, or the mirror's
     /// address is none.
     pub fn start(options: ProxyOptions) -> Result<Self, ProxyError> {
-        let ProxyOptions { sockets: dir, mirror, socket_mode, guests, limits } = options;
+        let ProxyOptions { sockets: dir, mirror, socket_mode, guests, vsock, limits } = options;
         let backend = Arc::new(Backend {
             upstream: Upstream::new(&mirror, limits.clone())?,
             limits,
@@ -125,12 +82,17 @@ impl Proxy {
             }
             None => None,
         };
+        let over_vsock = match vsock {
+            Some(port) => Some(vsock::bind(port).map_err(|e| ProxyError::vsock(port, e))?),
+            None => None,
+        };
         let inner = Arc::new(Inner {
             dir,
             socket_mode,
             backend,
             vms: Vms::default(),
             guests: guests.as_ref().map(|(address, _)| *address),
+            vsock,
             closing: CancellationToken::new(),
             channels: TaskTracker::new(),
             changing: tokio::sync::Mutex::default(),
@@ -140,6 +102,10 @@ impl Proxy {
         if let Some((address, listener)) = guests {
             inner.serve_guests(listener);
             tracing::info!(%address, "guests are served over TCP");
+        }
+        if let Some(listener) = over_vsock {
+            inner.serve_vsock(listener);
+            tracing::info!(port = vsock, "guests are served over vsock");
         }
         tracing::info!(dir = %inner.dir.display(), mirror, "checkpoint proxy is ready");
         Ok(Self { inner })
@@ -164,6 +130,10 @@ impl Proxy {
             let problem = "this proxy serves no guests over TCP; start it with `--guests ADDR`";
             return Err(ProxyError::Invalid(problem.to_owned()));
         }
+        if vm.vsock_cid != 0 && inner.vsock.is_none() {
+            let problem = "this proxy serves no guests over vsock; start it with `--vsock PORT`";
+            return Err(ProxyError::Invalid(problem.to_owned()));
+        }
         let name = VmName::new(vm.name)?;
         let before = inner.vms.get(&name).filter(|_| vm.replace);
         let known = before.as_ref().map(|before| &before.vm.record);
@@ -179,6 +149,7 @@ impl Proxy {
             disks: check_disks(&vm.disks)?,
             groups: check_groups(&vm.groups, known.map_or(&[], |known| &known.groups))?,
             token: kept,
+            cid: check_cid(vm.vsock_cid)?.or(known.and_then(|known| known.cid)),
         };
         if let Some(known) = inner.check_new(&record, vm.replace)? {
             return Ok(inner.describe(&known.record));
@@ -287,41 +258,6 @@ impl Drop for Inner {
     }
 }
 
-/// The groups that are named, and those that the VM is in already.
-fn check_groups(named: &[String], known: &[GroupName]) -> Result<Vec<GroupName>, ProxyError> {
-    let names = named.iter().map(|g| GroupName::new(g.as_str())).collect::<Result<Vec<_>, _>>()?;
-    check_distinct("group", &names)?;
-    let more = known.iter().filter(|group| !names.contains(group)).cloned();
-    let all: Vec<GroupName> = names.iter().cloned().chain(more).collect();
-    if all.len() > GROUPS_PER_VM_MAX {
-        let problem = format!("a VM is in at most {GROUPS_PER_VM_MAX} groups, not {}", all.len());
-        return Err(ProxyError::Invalid(problem));
-    }
-    Ok(all)
-}
-
-fn check_distinct<N: PartialEq + Display>(what: &str, names: &[N]) -> Result<(), ProxyError> {
-    match names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
-        Some((_, twice)) => Err(ProxyError::Invalid(format!("the {what} {twice} is named twice"))),
-        None => Ok(()),
-    }
-}
-
-fn check_disks(disks: &[String]) -> Result<Vec<DiskName>, ProxyError> {
-    let names = disks.iter().map(|d| DiskName::new(d.as_str())).collect::<Result<Vec<_>, _>>()?;
-    if names.is_empty() {
-        return Err(ProxyError::Invalid("a VM has at least one disk".to_owned()));
-    }
-    if names.len() > DISKS_PER_VM_MAX {
-        return Err(ProxyError::Invalid(format!(
-            "a VM has at most {DISKS_PER_VM_MAX} disks; this one would have {}",
-            names.len()
-        )));
-    }
-    check_distinct("disk", &names)?;
-    Ok(names)
-}
-
 impl Inner {
     fn describe(&self, record: &VmRecord) -> v1::Vm {
         v1::Vm {
@@ -334,6 +270,8 @@ impl Inner {
                 _ => String::new(),
             },
             token: String::new(),
+            vsock_cid: record.cid.filter(|_| self.vsock.is_some()).map_or(0, Cid::get),
+            vsock_port: record.cid.and(self.vsock).unwrap_or(0),
         }
     }
 
@@ -357,8 +295,12 @@ impl Inner {
         }
         let mut others = vms.values().filter(|served| served.vm.name() != &record.name);
         let taken = others.find_map(|served| {
-            let disk = record.disks.iter().find(|d| served.vm.record.disks.contains(d))?;
-            Some(ProxyError::DiskTaken { disk: disk.to_string(), vm: served.vm.name().to_string() })
+            let (other, vm) = (&served.vm.record, || served.vm.name().to_string());
+            if let Some(cid) = record.cid.filter(|_| record.cid == other.cid) {
+                return Some(ProxyError::CidTaken { cid: cid.get(), vm: vm() });
+            }
+            let disk = record.disks.iter().find(|d| other.disks.contains(d))?;
+            Some(ProxyError::DiskTaken { disk: disk.to_string(), vm: vm() })
         });
         taken.map_or(Ok(None), Err)
     }
@@ -413,5 +355,16 @@ impl Inner {
         let ended = self.closing.clone();
         self.channels
             .spawn(async move { ended.run_until_cancelled(guests.accept(listener)).await });
+    }
+
+    fn serve_vsock(&self, listener: AsyncFd<Socket>) {
+        let vsock = Vsock {
+            backend: Arc::clone(&self.backend),
+            vms: self.vms.clone(),
+            tasks: self.channels.clone(),
+            lines: Lines::default(),
+        };
+        let ended = self.closing.clone();
+        self.channels.spawn(async move { ended.run_until_cancelled(vsock.accept(listener)).await });
     }
 }

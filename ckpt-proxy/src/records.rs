@@ -1,11 +1,11 @@
 //! `DIR/VM.json`: which VMs this host has and which disks each of them has.
 //!
 //! ```json
-//! {"magic":"blobcr-vm","version":2,"crc32c":"0f0f0f0f",
-//!  "vm":{"name":"web","disks":["web0"],"groups":["job"],"token":"0f…"}}
+//! {"magic":"blobcr-vm","version":3,"crc32c":"0f0f0f0f",
+//!  "vm":{"name":"web","disks":["web0"],"groups":["job"],"token":"0f…","vsock_cid":42}}
 //! ```
-//! `token` is the BLAKE3 of the VM's token, or empty. Version 1 had neither groups nor token. The
-//! CRC is of `vm` as compact JSON with its fields in this order. A record is replaced as a
+//! `token` is the BLAKE3 of the VM's token, or empty. A record without a CID is of version 2, which
+//! had none, so that older programs read it. Version 1 had neither groups nor token. The CRC is of `vm` as compact JSON with its fields in this order. A record is replaced as a
 //! whole (written beside, synced, renamed, directory synced), so it is there or not.
 
 use std::fs::{self, File};
@@ -19,9 +19,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ProxyError;
 use crate::limits::{DISKS_PER_VM_MAX, GROUPS_PER_VM_MAX};
+use crate::vsock::Cid;
 
 const MAGIC: &str = "blobcr-vm";
-const VERSION: u32 = 2;
+/// The newest version.
+const VERSION: u32 = 3;
+const VERSION_WITHOUT_CID: u32 = 2;
 /// A record with the most disks and the longest names takes 9 KiB.
 const RECORD_BYTES_MAX: u64 = 64 << 10;
 
@@ -34,6 +37,8 @@ pub(crate) struct VmRecord {
     pub(crate) groups: Vec<GroupName>,
     /// What is kept of its token, if it has one.
     pub(crate) token: Option<Hash>,
+    /// By which it is known over vsock, if it is.
+    pub(crate) cid: Option<Cid>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -59,6 +64,8 @@ struct Body {
     disks: Vec<String>,
     groups: Vec<String>,
     token: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    vsock_cid: Option<u32>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -96,9 +103,10 @@ pub(crate) fn encode(record: &VmRecord) -> Vec<u8> {
         disks: record.disks.iter().map(ToString::to_string).collect(),
         groups: record.groups.iter().map(ToString::to_string).collect(),
         token: record.token.map(|hash| hash.to_string()).unwrap_or_default(),
+        vsock_cid: record.cid.map(Cid::get),
     };
-    let envelope =
-        Envelope { magic: MAGIC.to_owned(), version: VERSION, crc32c: checksum(&vm), vm };
+    let version = if vm.vsock_cid.is_some() { VERSION } else { VERSION_WITHOUT_CID };
+    let envelope = Envelope { magic: MAGIC.to_owned(), version, crc32c: checksum(&vm), vm };
     let mut text = serde_json::to_vec(&envelope).expect("strings always have a JSON form");
     text.push(b'\n');
     text
@@ -114,9 +122,9 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<VmRecord, RecordError> {
     let vm = match preamble.version {
         1 => {
             let BodyV1 { name, disks } = checked(bytes)?;
-            Body { name, disks, groups: Vec::new(), token: String::new() }
+            Body { name, disks, groups: Vec::new(), token: String::new(), vsock_cid: None }
         }
-        VERSION => checked(bytes)?,
+        VERSION_WITHOUT_CID | VERSION => checked(bytes)?,
         version => return Err(RecordError::Version(version)),
     };
     let bad = |e: blobcr_proto::name::NameError| RecordError::Malformed(e.to_string());
@@ -136,7 +144,9 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<VmRecord, RecordError> {
             RecordError::Malformed("what is kept of its token is no hash".to_owned())
         })?),
     };
-    Ok(VmRecord { name: VmName::new(vm.name).map_err(bad)?, disks, groups, token })
+    let reserved = |cid| RecordError::Malformed(format!("no VM has its CID, {cid}"));
+    let cid = vm.vsock_cid.map(|cid| Cid::new(cid).ok_or_else(|| reserved(cid))).transpose()?;
+    Ok(VmRecord { name: VmName::new(vm.name).map_err(bad)?, disks, groups, token, cid })
 }
 
 /// What an envelope holds, when its checksum is that of it.
@@ -226,7 +236,12 @@ mod tests {
             disks: vec![DiskName::new("web0").unwrap(), DiskName::new("data.1").unwrap()],
             groups: vec![GroupName::new("job").unwrap(), GroupName::new("all").unwrap()],
             token: Some(Hash::of(b"secret")),
+            cid: None,
         }
+    }
+
+    fn with_cid() -> VmRecord {
+        VmRecord { cid: Cid::new(42), ..sample() }
     }
 
     #[test]
@@ -245,23 +260,45 @@ mod tests {
     }
 
     #[test]
+    fn golden_record_of_version_3() {
+        let golden = include_str!("../golden/vm-v3.json");
+        assert_eq!(String::from_utf8(encode(&with_cid())).unwrap(), golden);
+        assert_eq!(decode(golden.as_bytes()).unwrap(), with_cid());
+    }
+
+    #[test]
     fn every_flipped_bit_is_found_or_harmless() {
-        let good = encode(&sample());
-        for at in 0..good.len() {
-            for bit in 0..8 {
-                let mut bad = good.clone();
-                bad[at] ^= 1 << bit;
-                if let Ok(record) = decode(&bad) {
-                    assert_eq!(record, sample(), "byte {at} bit {bit}");
+        for sample in [sample(), with_cid()] {
+            let good = encode(&sample);
+            for at in 0..good.len() {
+                for bit in 0..8 {
+                    let mut bad = good.clone();
+                    bad[at] ^= 1 << bit;
+                    if let Ok(record) = decode(&bad) {
+                        assert_eq!(record, sample, "byte {at} bit {bit}");
+                    }
                 }
             }
         }
     }
 
     #[test]
+    fn a_reserved_cid_is_refused() {
+        for reserved in [0, 1, 2, u32::MAX] {
+            let (name, token) = ("web".to_owned(), String::new());
+            let (disks, groups) = (vec!["web0".to_owned()], Vec::new());
+            let vm = Body { name, disks, groups, token, vsock_cid: Some(reserved) };
+            let crc32c = checksum(&vm);
+            let bad = Envelope { magic: MAGIC.to_owned(), version: VERSION, crc32c, vm };
+            let found = decode(&serde_json::to_vec(&bad).unwrap());
+            assert!(matches!(found, Err(RecordError::Malformed(_))), "{reserved}: {found:?}");
+        }
+    }
+
+    #[test]
     fn another_version_is_named_before_anything_else_is_read() {
-        let later = br#"{"magic":"blobcr-vm","version":3,"anything":[]}"#;
-        assert!(matches!(decode(later), Err(RecordError::Version(3))));
+        let later = br#"{"magic":"blobcr-vm","version":4,"anything":[]}"#;
+        assert!(matches!(decode(later), Err(RecordError::Version(4))));
         assert!(matches!(
             decode(b"{\"magic\":\"x\",\"version\":1}"),
             Err(RecordError::Malformed(_))

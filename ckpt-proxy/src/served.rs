@@ -13,6 +13,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::channel::{self, Ending};
 use crate::requests::{Backend, Vm};
+use crate::vsock::Cid;
 
 /// A VM that is served.
 #[derive(Clone)]
@@ -37,6 +38,21 @@ impl Served {
         }
         place
     }
+
+    /// Serves a connection until it ends or the VM is taken away, if there is a place for it.
+    pub(crate) fn spawn<S>(&self, backend: &Arc<Backend>, tasks: &TaskTracker, stream: S)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let Some(place) = self.place() else { return };
+        let (backend, vm) = (Arc::clone(backend), Arc::clone(&self.vm));
+        let connection = connection(backend, vm, stream, BytesMut::new());
+        let ended = self.stop.clone();
+        tasks.spawn(async move {
+            let _place = place;
+            ended.run_until_cancelled(connection).await
+        });
+    }
 }
 
 /// The VMs of this host by name.
@@ -50,6 +66,11 @@ impl Vms {
 
     pub(crate) fn get(&self, name: &VmName) -> Option<Served> {
         self.lock().get(name).cloned()
+    }
+
+    /// The VM whose CID this is.
+    pub(crate) fn by_cid(&self, cid: Cid) -> Option<Served> {
+        self.lock().values().find(|served| served.vm.record.cid == Some(cid)).cloned()
     }
 }
 
@@ -73,14 +94,7 @@ impl Channel {
                     continue;
                 }
             };
-            let Some(place) = served.place() else { continue };
-            let (backend, vm) = (Arc::clone(&backend), Arc::clone(&served.vm));
-            let connection = connection(backend, vm, stream, BytesMut::new());
-            let ended = served.stop.clone();
-            tasks.spawn(async move {
-                let _place = place;
-                ended.run_until_cancelled(connection).await
-            });
+            served.spawn(&backend, &tasks, stream);
         }
     }
 }

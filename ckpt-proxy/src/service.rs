@@ -6,7 +6,8 @@ use blobcr_proto::v1;
 use blobcr_proto::v1::checkpoint_server::Checkpoint;
 use tonic::{Request, Response, Status};
 
-use crate::proxy::{NewVm, Proxy};
+use crate::new_vm::NewVm;
+use crate::proxy::Proxy;
 use crate::requests::{self, Vm};
 use crate::sets;
 
@@ -72,8 +73,10 @@ impl Checkpoint for CheckpointService {
     }
 
     async fn add_vm(&self, request: Request<v1::AddVmRequest>) -> Result<Response<v1::Vm>, Status> {
-        let v1::AddVmRequest { name, disks, groups, tcp, replace } = request.into_inner();
-        Ok(Response::new(self.proxy.add_vm(NewVm { name, disks, groups, tcp, replace }).await?))
+        let v1::AddVmRequest { name, disks, groups, tcp, replace, vsock_cid } =
+            request.into_inner();
+        let vm = NewVm { name, disks, groups, tcp, vsock_cid, replace };
+        Ok(Response::new(self.proxy.add_vm(vm).await?))
     }
 
     async fn remove_vm(

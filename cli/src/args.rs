@@ -323,6 +323,13 @@ pub enum VmCommand {
         /// Give it a token for a channel over TCP, which is printed this once
         #[arg(long)]
         tcp: bool,
+        /// Serve it over vsock too: the CID that its hypervisor gives it
+        #[arg(
+            long,
+            value_name = "CID",
+            value_parser = clap::value_parser!(u32).range(3..i64::from(u32::MAX))
+        )]
+        vsock_cid: Option<u32>,
     },
     /// Lists the VMs of this host
     List,
@@ -397,6 +404,13 @@ pub struct UpArgs {
     /// Address at which guests with a token are served; without it, none over TCP
     #[arg(long, value_name = "ADDR")]
     pub guests: Option<SocketAddr>,
+    /// Port at which guests are served over vsock; without it, none are
+    #[arg(
+        long,
+        value_name = "PORT",
+        value_parser = clap::value_parser!(u32).range(1..i64::from(u32::MAX))
+    )]
+    pub vsock: Option<u32>,
     /// Seconds after which a node that is not heard of is down, and its partitions go to others
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_down_after)]
     pub node_down_after: Seconds,
@@ -598,6 +612,13 @@ pub struct ProxyArgs {
     /// Address at which guests with a token are served; without it, none over TCP
     #[arg(long, value_name = "ADDR")]
     pub guests: Option<SocketAddr>,
+    /// Port at which guests are served over vsock; without it, none are
+    #[arg(
+        long,
+        value_name = "PORT",
+        value_parser = clap::value_parser!(u32).range(1..i64::from(u32::MAX))
+    )]
+    pub vsock: Option<u32>,
 }
 
 fn parse_snapshot(text: &str) -> Result<ImageSpec, String> {
@@ -658,6 +679,7 @@ mod tests {
             "snapshot verify i@1",
             "vm add v --disk a b",
             "vm add v --disk a --disk b",
+            "vm add v --disk a --tcp --vsock-cid 3",
             "vm list",
             "vm remove v",
             "node list",
@@ -675,6 +697,7 @@ mod tests {
             "repo-node --listen 127.0.0.1:0 --dir d --metadata a:1,b:2 --domain rack1",
             "mirror --listen 127.0.0.1:0 --dir d --metadata a:1 --mount m",
             "proxy --mirror a:1 --sockets d",
+            "proxy --mirror a:1 --sockets d --guests 127.0.0.1:0 --vsock 7000",
             "gc --dry-run",
             "scrub --rate 10M",
             "snapshot prune base --keep-last 3 --keep-yearly 1 --dry-run",
@@ -721,6 +744,19 @@ mod tests {
             "metadata --listen a:1 --store etcd:",
             "metadata migrate --from d",
             "metadata --listen a:1 migrate --from d --to etcd:a:1",
+        ] {
+            let error = parse(line).expect_err(line);
+            assert_eq!(error.exit_code(), 2, "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn reserved_cids_and_ports_are_usage_errors() {
+        for line in [
+            "vm add v --disk a --vsock-cid 2",
+            "vm add v --disk a --vsock-cid 4294967295",
+            "proxy --mirror a:1 --sockets d --vsock 0",
+            "up --dir d --vsock 4294967295",
         ] {
             let error = parse(line).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}: {error}");

@@ -254,6 +254,9 @@ pub struct VmView {
     pub address: Option<String>,
     /// Its token, in the answer that made it.
     pub token: Option<String>,
+    /// By which it is served over vsock, at the port.
+    pub vsock_cid: Option<u32>,
+    pub vsock_port: Option<u32>,
     /// What QEMU's command line needs for the channel.
     pub qemu_args: Vec<String>,
     /// The same for a guest that is to reach it by TCP, at 10.0.2.100:7000 and nowhere else.

@@ -54,7 +54,7 @@ struct blobcr_options {
     uint32_t flags;         /* 0 or BLOBCR_NO_FLUSH */
     uint32_t timeout_ms;    /* give up then; 0: 60000 */
     const char *port;       /* the virtio-serial port; NULL: org.blobcr.checkpoint.0 */
-    const char *connect;    /* ADDRESS:PORT in numbers, to ask over TCP instead of the port */
+    const char *connect;    /* ADDRESS:PORT in numbers over TCP, or vsock:PORT, instead of the port */
     const char *vm;         /* with a token: whose it is */
     const char *token_file; /* with connect, where the hypervisor forwards nothing */
     const char *socket;     /* a Unix socket instead of the port, outside of a VM */

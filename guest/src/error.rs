@@ -37,6 +37,13 @@ pub enum GuestError {
         /// The name that was looked for.
         name: String,
     },
+    /// The guest has no vsock.
+    #[error(
+        "this guest has no vsock; start its hypervisor with one \
+         (QEMU: -device vhost-vsock-pci,guest-cid=…) and see that vmw_vsock_virtio_transport is \
+         loaded"
+    )]
+    NoVsock,
     /// A system call on the way to the host failed.
     #[error("cannot {what} {path}: {source}")]
     Io {
@@ -117,7 +124,7 @@ impl GuestError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,
-            Self::NoPort { .. } => 3,
+            Self::NoPort { .. } | Self::NoVsock => 3,
             Self::NoAnswer { .. } | Self::NotYet { .. } => 5,
             Self::BadState { .. } => 6,
             Self::Refused { code, .. } => match *code {
@@ -137,7 +144,7 @@ impl GuestError {
     pub fn errno(&self) -> i32 {
         let errno = match self {
             Self::Usage(_) => Errno::INVAL,
-            Self::NoPort { .. } => Errno::NODEV,
+            Self::NoPort { .. } | Self::NoVsock => Errno::NODEV,
             Self::NoAnswer { .. } => Errno::TIMEDOUT,
             Self::NotYet { .. } => Errno::AGAIN,
             Self::BadAnswer(_) => Errno::PROTO,

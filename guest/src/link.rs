@@ -1,5 +1,5 @@
-//! The byte stream to the host: a virtio-serial port, a TCP connection, or a Unix socket where there
-//! is no VM.
+//! The byte stream to the host: a virtio-serial port, a connection over TCP or vsock, or a Unix
+//! socket where there is no VM.
 //!
 //! The host end comes and goes. A port says so by a hang-up and an end of file, and is readable
 //! again later through the same descriptor; a socket has to be connected anew.
@@ -17,15 +17,16 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send, sockopt};
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::deadline::Deadline;
 use crate::error::GuestError;
-use crate::target::{Credentials, Target};
+use crate::target::{Credentials, Target, VSOCK};
 
 const PORTS: &str = "/sys/class/virtio-ports";
 /// Between two looks at something that gives no notice when it changes.
 const PAUSE: Duration = Duration::from_millis(10);
-/// How long one attempt to connect over TCP may take, lest a lost packet costs the whole deadline.
+/// How long one attempt to connect may take, lest a lost packet costs the whole deadline.
 const CONNECT: Duration = Duration::from_secs(3);
 /// A TCP peer that acknowledges nothing for so long is taken for gone. The kernel's own answer to a
 /// host that vanished comes after a quarter of an hour.
@@ -35,11 +36,13 @@ impl Target {
     /// Opens the way to the host, waiting for other programs that use it.
     pub(crate) fn open(&self, deadline: Deadline) -> Result<Link, GuestError> {
         match self {
-            Self::Socket(path) => Ok(Link { path: path.clone(), way: Way::Socket(None) }),
+            Self::Socket(path) => Ok(Link::to(Peer::Unix(path.clone()), path, None)),
             Self::Tcp { address, credentials } => {
-                let (address, credentials) = (*address, credentials.clone());
-                let way = Way::Tcp { address, stream: None, credentials, greeted: false };
-                Ok(Link { path: PathBuf::from(address.to_string()), way })
+                Ok(Link::to(Peer::Tcp(*address), address.to_string(), credentials.clone()))
+            }
+            Self::Vsock { cid, port } => {
+                let peer = Peer::Vsock { cid: *cid, port: *port };
+                Ok(Link::to(peer, format!("{VSOCK}{cid}:{port}"), None))
             }
             Self::Port(name) => {
                 let found = find_port(Path::new(PORTS), name)?;
@@ -102,15 +105,21 @@ enum Way {
         fd: OwnedFd,
         _lock: File,
     },
-    Socket(Option<UnixStream>),
-    Tcp {
-        address: SocketAddr,
-        stream: Option<TcpStream>,
+    Stream {
+        peer: Peer,
+        stream: Option<OwnedFd>,
         /// What each new connection begins with.
         credentials: Option<Credentials>,
         /// Whether this connection's host has accepted them.
         greeted: bool,
     },
+}
+
+/// What a stream is connected to.
+enum Peer {
+    Unix(PathBuf),
+    Tcp(SocketAddr),
+    Vsock { cid: u32, port: u32 },
 }
 
 /// What became of an attempt to read or write.
@@ -131,6 +140,11 @@ pub(crate) struct Link {
 }
 
 impl Link {
+    fn to(peer: Peer, path: impl Into<PathBuf>, credentials: Option<Credentials>) -> Self {
+        let way = Way::Stream { peer, stream: None, credentials, greeted: false };
+        Self { path: path.into(), way }
+    }
+
     /// Waits until the host end is there. `false` when it is not by the deadline.
     pub(crate) fn ready(&mut self, deadline: Deadline) -> Result<bool, GuestError> {
         loop {
@@ -147,14 +161,14 @@ impl Link {
     /// What the host has still to be told on this connection before it answers anything.
     pub(crate) fn greeting(&self) -> Option<&Credentials> {
         match &self.way {
-            Way::Tcp { credentials: Some(credentials), greeted: false, .. } => Some(credentials),
+            Way::Stream { credentials: Some(credentials), greeted: false, .. } => Some(credentials),
             _ => None,
         }
     }
 
     /// The host has accepted the greeting.
     pub(crate) fn greeted(&mut self) {
-        if let Way::Tcp { greeted, .. } = &mut self.way {
+        if let Way::Stream { greeted, .. } = &mut self.way {
             *greeted = true;
         }
     }
@@ -166,26 +180,17 @@ impl Link {
                     .map_err(GuestError::io("poll", &self.path))?;
                 Ok(!seen.contains(PollFlags::HUP))
             }
-            Way::Socket(Some(_)) | Way::Tcp { stream: Some(_), .. } => Ok(true),
-            Way::Socket(socket @ None) => match connect(&self.path) {
-                Ok(stream) => {
-                    *socket = Some(stream);
+            Way::Stream { stream: Some(_), .. } => Ok(true),
+            Way::Stream { peer, stream, greeted, .. } => match peer.connect(deadline) {
+                Ok(connected) => {
+                    *stream = Some(connected);
+                    *greeted = false;
                     Ok(true)
                 }
                 Err(error) if comes_back(&error) => Ok(false),
+                Err(error) if peer.is_missing(&error) => Err(GuestError::NoVsock),
                 Err(error) => Err(GuestError::io("connect to", &self.path)(error)),
             },
-            Way::Tcp { address, stream: stream @ None, greeted, .. } => {
-                match connect_tcp(*address, deadline) {
-                    Ok(connected) => {
-                        *stream = Some(connected);
-                        *greeted = false;
-                        Ok(true)
-                    }
-                    Err(error) if comes_back(&error) => Ok(false),
-                    Err(error) => Err(GuestError::io("connect to", &self.path)(error)),
-                }
-            }
         }
     }
 
@@ -196,11 +201,11 @@ impl Link {
         match (&self.way, there) {
             (Way::Port { .. }, true) => format!("the host end of {path} is open"),
             (Way::Port { .. }, false) => format!("nobody is at the host end of {path}"),
-            (Way::Tcp { credentials: Some(_), greeted: false, .. }, true) => {
+            (Way::Stream { credentials: Some(_), greeted: false, .. }, true) => {
                 format!("{path} is connected and has not accepted this VM")
             }
-            (Way::Socket(_) | Way::Tcp { .. }, true) => format!("{path} is connected"),
-            (Way::Socket(_) | Way::Tcp { .. }, false) => format!("nobody listens on {path}"),
+            (Way::Stream { .. }, true) => format!("{path} is connected"),
+            (Way::Stream { .. }, false) => format!("nobody listens on {path}"),
         }
     }
 
@@ -231,9 +236,8 @@ impl Link {
         loop {
             let fd = match &self.way {
                 Way::Port { fd, .. } => fd.as_fd(),
-                Way::Socket(Some(stream)) => stream.as_fd(),
-                Way::Tcp { stream: Some(stream), .. } => stream.as_fd(),
-                Way::Socket(None) | Way::Tcp { stream: None, .. } => return Ok(Moved::Gone),
+                Way::Stream { stream: Some(stream), .. } => stream.as_fd(),
+                Way::Stream { stream: None, .. } => return Ok(Moved::Gone),
             };
             // The attempt comes first: what is there can be read although the other end is gone.
             match attempt(fd) {
@@ -243,6 +247,7 @@ impl Link {
                 Err(
                     Errno::PIPE
                     | Errno::CONNRESET
+                    | Errno::NOTCONN
                     | Errno::NODEV
                     | Errno::IO
                     | Errno::TIMEDOUT
@@ -265,28 +270,47 @@ impl Link {
     /// Gives a connection up, so that the next one is made anew. A port stays open.
     pub(crate) fn gone(&mut self) -> Moved {
         match &mut self.way {
-            Way::Socket(socket) => *socket = None,
-            Way::Tcp { stream, .. } => *stream = None,
+            Way::Stream { stream, .. } => *stream = None,
             Way::Port { .. } => {}
         }
         Moved::Gone
     }
 }
 
-fn connect(path: &Path) -> io::Result<UnixStream> {
-    let stream = UnixStream::connect(path)?;
-    stream.set_nonblocking(true)?;
-    Ok(stream)
+impl Peer {
+    fn connect(&self, deadline: Deadline) -> io::Result<OwnedFd> {
+        // No time at all would be an error.
+        let time = deadline.left().clamp(PAUSE, CONNECT);
+        match self {
+            Self::Unix(path) => {
+                let stream = UnixStream::connect(path)?;
+                stream.set_nonblocking(true)?;
+                Ok(stream.into())
+            }
+            Self::Tcp(address) => connect_tcp(*address, time),
+            Self::Vsock { cid, port } => {
+                let socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+                socket.connect_timeout(&SockAddr::vsock(*cid, *port), time)?;
+                socket.set_nonblocking(true)?;
+                Ok(socket.into())
+            }
+        }
+    }
+
+    /// Whether this machine has nothing by which the peer could be reached.
+    fn is_missing(&self, error: &io::Error) -> bool {
+        let missing = [libc::EAFNOSUPPORT, libc::ESOCKTNOSUPPORT, libc::ENODEV];
+        matches!(self, Self::Vsock { .. })
+            && error.raw_os_error().is_some_and(|errno| missing.contains(&errno))
+    }
 }
 
-fn connect_tcp(address: SocketAddr, deadline: Deadline) -> io::Result<TcpStream> {
-    // No time at all would be an error.
-    let time = deadline.left().clamp(PAUSE, CONNECT);
+fn connect_tcp(address: SocketAddr, time: Duration) -> io::Result<OwnedFd> {
     let stream = TcpStream::connect_timeout(&address, time)?;
     stream.set_nonblocking(true)?;
     stream.set_nodelay(true)?;
     sockopt::set_tcp_user_timeout(&stream, UNACKNOWLEDGED_MS)?;
-    Ok(stream)
+    Ok(stream.into())
 }
 
 /// What a socket gives whose listener, or whose network, is being started anew.

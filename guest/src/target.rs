@@ -10,6 +10,8 @@ use crate::error::GuestError;
 
 /// The name of the virtio-serial port that is a VM's channel to its host.
 pub const PORT_NAME: &str = "org.blobcr.checkpoint.0";
+/// What an address over vsock begins with.
+pub(crate) const VSOCK: &str = "vsock:";
 /// A token is a line of some tens of bytes: what is longer is another file.
 const TOKEN_BYTES_MAX: u64 = 4096;
 
@@ -44,6 +46,13 @@ pub enum Target {
         /// Said first on every connection.
         credentials: Option<Credentials>,
     },
+    /// A port over vsock. The host knows whose a connection is by the CID of this VM.
+    Vsock {
+        /// Of the machine that is asked.
+        cid: u32,
+        /// At which it is served there.
+        port: u32,
+    },
 }
 
 impl Target {
@@ -67,6 +76,7 @@ impl Target {
             Self::Port(_) => false,
             Self::Socket(_) => true,
             Self::Tcp { address, .. } => address.ip().is_loopback(),
+            Self::Vsock { cid, .. } => *cid == libc::VMADDR_CID_LOCAL,
         }
     }
 }
@@ -78,7 +88,7 @@ pub struct Place {
     pub port: Option<String>,
     /// A Unix socket instead of the port.
     pub socket: Option<PathBuf>,
-    /// `ADDRESS:PORT` of TCP instead of the port.
+    /// `ADDRESS:PORT` of TCP, or `vsock:PORT` of the host, instead of the port.
     pub connect: Option<String>,
     /// This VM's name, which goes with the token.
     pub vm: Option<String>,
@@ -104,13 +114,19 @@ impl Place {
             });
         };
         if self.socket.is_some() {
-            return usage("name a Unix socket or a TCP address, not both");
+            return usage("name a Unix socket or an address to connect to, not both");
+        }
+        if let Some(rest) = connect.strip_prefix(VSOCK) {
+            if self.token_file.is_some() {
+                return usage("a token is for TCP only: over vsock the host knows this VM");
+            }
+            return vsock(rest);
         }
         // Numbers only: looking a name up may take longer than any deadline allows.
         let Ok(address) = connect.parse() else {
             return Err(GuestError::Usage(format!(
-                "{connect:?} is no address and port in numbers, such as 10.0.2.100:7000 or \
-                 [fd00::1]:7000"
+                "{connect:?} is no address and port in numbers, such as 10.0.2.100:7000, \
+                 [fd00::1]:7000 or vsock:7000"
             )));
         };
         let credentials = match (&self.vm, &self.token_file) {
@@ -121,6 +137,20 @@ impl Place {
             (_, None) => None,
         };
         Ok(Target::tcp(address, credentials))
+    }
+}
+
+/// `PORT` of the host, or `CID:PORT`.
+fn vsock(text: &str) -> Result<Target, GuestError> {
+    let (cid, port) = match text.split_once(':') {
+        Some((cid, port)) => (cid.parse().ok(), port),
+        None => (Some(libc::VMADDR_CID_HOST), text),
+    };
+    match (cid, port.parse()) {
+        (Some(cid), Ok(port)) => Ok(Target::Vsock { cid, port }),
+        _ => Err(GuestError::Usage(format!(
+            "{VSOCK}{text} is no port of vsock; write vsock:PORT for the host's, or vsock:CID:PORT"
+        ))),
     }
 }
 
@@ -167,7 +197,17 @@ mod tests {
         let found = place("[::1]:1", "web", None).target().unwrap();
         assert!(matches!(found, Target::Tcp { credentials: None, .. }), "{found:?}");
         assert!(found.is_this_machine());
+        for (text, cid) in [("vsock:7000", 2), ("vsock:1:7000", 1)] {
+            let found = place(text, "web", None).target().unwrap();
+            assert!(matches!(found, Target::Vsock { cid: c, port: 7000 } if c == cid), "{found:?}");
+            assert_eq!(found.is_this_machine(), cid == 1);
+        }
         for bad in [
+            place("vsock:", "", None),
+            place("vsock:-1", "", None),
+            place("vsock:2:x", "", None),
+            place("vsock:4294967296", "", None),
+            place("vsock:7000", "web", Some(&file)),
             place("host:1", "", None),
             place("10.0.0.1", "", None),
             place("10.0.0.1:1", "", Some(&file)),

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use anyhow::{Context, Result, anyhow, ensure};
 
+use crate::daemon::blobcr;
 use crate::disk_file::copy_sparse;
 
 /// A kernel, an initramfs that finds `/dev/vda`, and an ext4 root for it.
@@ -56,20 +57,32 @@ impl GuestImage {
         static BUILT: OnceLock<Result<GuestImage, String>> = OnceLock::new();
         let dir = target_dir().join("guest-mpi");
         let image = BUILT
-            .get_or_init(|| Self::built("tests/guest/mpi.sh", &dir).map_err(|e| format!("{e:#}")))
+            .get_or_init(|| {
+                Self::built("tests/guest/mpi.sh", &dir, &[]).map_err(|e| format!("{e:#}"))
+            })
             .clone()
             .map_err(|e| anyhow!("{e}"))?;
         Ok((image, dir.join("host/heat")))
     }
 
     fn build() -> Result<Self> {
-        Self::built("tests/guest/build.sh", &target_dir().join("guest-image"))
+        Self::built("tests/guest/build.sh", &target_dir().join("guest-image"), &[])
     }
 
-    fn built(script: &str, dir: &Path) -> Result<Self> {
+    /// The same as a host of virtual machines, with vsock and the `blobcr` that was built beside
+    /// the tests.
+    ///
+    /// # Errors
+    /// When it cannot be built; the message has what the script said.
+    pub fn host() -> Result<Self> {
+        Self::built("tests/guest/vsock.sh", &target_dir().join("guest-vsock"), &[&blobcr()?])
+    }
+
+    fn built(script: &str, dir: &Path, more: &[&Path]) -> Result<Self> {
         let script = repository_root().join(script);
         let output = Command::new(&script)
             .arg(dir)
+            .args(more)
             .env("CARGO_TARGET_DIR", target_dir())
             .output()
             .with_context(|| format!("cannot run {}", script.display()))?;

@@ -9,3 +9,4 @@ mod resend;
 mod service;
 mod sets;
 mod tcp;
+mod vsock;

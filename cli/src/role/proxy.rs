@@ -25,7 +25,11 @@ pub async fn run(args: ProxyArgs, output: Output) -> anyhow::Result<()> {
     let (listener, address) = bind(&args.listen).await?;
     // What `vm add` prints must be right in any directory.
     let sockets = std::path::absolute(&args.sockets)?;
-    let options = ProxyOptions { guests: args.guests, ..ProxyOptions::new(sockets, &mirror) };
+    let options = ProxyOptions {
+        guests: args.guests,
+        vsock: args.vsock,
+        ..ProxyOptions::new(sockets, &mirror)
+    };
     let proxy = Proxy::start(options)?;
     let directory = Described::new("proxy").with_mirror(&mirror);
     let router = server_builder().add_service(proxy.service()).add_service(directory.service());

@@ -8,8 +8,7 @@ use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::server::Router;
+use tonic::transport::server::{Router, TcpIncoming};
 
 use crate::interrupt::Interrupts;
 use crate::output::{Output, say};
@@ -40,12 +39,15 @@ impl Served {
     /// Begins to serve.
     pub fn start(router: Router, listener: TcpListener) -> Self {
         let (stop, mut stopped) = watch::channel(false);
+        // The server's own setting is for sockets that it opens itself: with Nagle's algorithm, the
+        // first answer on a connection waits 40 ms for the client's delayed acknowledgement.
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         let task = tokio::spawn(async move {
             let stopped = async move {
                 // An error means that the owner is gone: the same.
                 let _ = stopped.wait_for(|stop| *stop).await;
             };
-            router.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped).await
+            router.serve_with_incoming_shutdown(incoming, stopped).await
         });
         Self { stop, task }
     }

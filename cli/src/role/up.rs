@@ -125,6 +125,7 @@ impl Roles {
         self.host = Some(host.clone());
         let options = ProxyOptions {
             guests: args.guests,
+            vsock: args.vsock,
             ..ProxyOptions::new(dir.join("vms"), address.clone())
         };
         let proxy = Proxy::start(options)?;

@@ -267,6 +267,7 @@ async fn channels(session: &Session, group: &str, vms: &mut [VmView]) -> anyhow:
             groups: vec![group.to_owned()],
             tcp: false,
             replace: true,
+            vsock_cid: 0,
         };
         let answer = proxy.client.add_vm(within(DEADLINE, request)).await;
         vm.socket = Some(proxy.answer(answer)?.socket);

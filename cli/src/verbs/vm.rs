@@ -26,10 +26,11 @@ const PORT_NAME: &str = "org.blobcr.checkpoint.0";
 pub async fn run(command: VmCommand, session: &Session, output: Output) -> anyhow::Result<()> {
     let mut proxy = session.proxy()?;
     match command {
-        VmCommand::Add { vm, disks, groups, tcp } => {
+        VmCommand::Add { vm, disks, groups, tcp, vsock_cid } => {
             let disks = disks.into_iter().map(String::from).collect();
             let groups = groups.into_iter().map(String::from).collect();
-            let request = v1::AddVmRequest { name: vm.into(), disks, groups, tcp, replace: false };
+            let (name, vsock_cid) = (vm.into(), vsock_cid.unwrap_or(0));
+            let request = v1::AddVmRequest { name, disks, groups, tcp, replace: false, vsock_cid };
             let answer = proxy.client.add_vm(within(DEADLINE, request)).await;
             output.data(&view(proxy.answer(answer)?), added)
         }
@@ -42,6 +43,7 @@ pub async fn run(command: VmCommand, session: &Session, output: Output) -> anyho
                     Column::Text("DISKS"),
                     Column::Text("GROUPS"),
                     Column::Text("TCP"),
+                    Column::Text("CID"),
                     Column::Text("SOCKET"),
                 ];
                 table(
@@ -52,6 +54,7 @@ pub async fn run(command: VmCommand, session: &Session, output: Output) -> anyho
                             view.disks.join(" "),
                             view.groups.join(" "),
                             or_dash(view.address.clone()),
+                            or_dash(view.vsock_cid),
                             view.socket.clone(),
                         ]
                     }),
@@ -77,8 +80,16 @@ fn added(view: &VmView) -> String {
         }
         _ => String::new(),
     };
+    let vsock = match (view.vsock_cid, view.vsock_port) {
+        (Some(cid), Some(port)) => format!(
+            "\nOver vsock, where the guest asks vsock:{port}, give QEMU:\n  \
+             -device vhost-vsock-pci,guest-cid={cid}\n"
+        ),
+        _ => String::new(),
+    };
     format!(
-        "{}\n\nGive QEMU:\n{}\nor, for a guest that is to use TCP at {FORWARDED}:\n{}\n{token}",
+        "{}\n\nGive QEMU:\n{}\nor, for a guest that is to use TCP at {FORWARDED}:\n{}\n\
+         {token}{vsock}",
         view.socket,
         pairs(&view.qemu_args),
         pairs(&view.qemu_forward_args)
@@ -102,6 +113,8 @@ fn view(vm: v1::Vm) -> VmView {
         groups: vm.groups,
         address: some_unless_empty(vm.address),
         token: some_unless_empty(vm.token),
+        vsock_cid: Some(vm.vsock_cid).filter(|cid| *cid != 0),
+        vsock_port: Some(vm.vsock_port).filter(|port| *port != 0),
     }
 }
 

@@ -20,7 +20,7 @@ struct Cli {
     /// A Unix socket to ask instead of the port, outside of a VM
     #[arg(long, global = true, value_name = "PATH", conflicts_with = "port")]
     socket: Option<PathBuf>,
-    /// An address and port to ask over TCP instead
+    /// An address and port to ask over TCP instead, or vsock:PORT of the host
     #[arg(long, global = true, env = "BLOBCR_CONNECT", value_name = "ADDRESS:PORT")]
     connect: Option<String>,
     /// This VM's name, which goes with the token

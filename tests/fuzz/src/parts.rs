@@ -31,7 +31,12 @@ fn vm(input: &[u8]) {
 
 fn vm_seeds() -> Vec<Vec<u8>> {
     let golden = include_bytes!("../../../ckpt-proxy/golden/vm-v1.json");
-    vec![joined(&[&[0], golden]), joined(&[&[1], br#"{"name":"web","disks":["web0","data.1"]}"#])]
+    let newest = include_bytes!("../../../ckpt-proxy/golden/vm-v3.json");
+    vec![
+        joined(&[&[0], golden]),
+        joined(&[&[0], newest]),
+        joined(&[&[1], br#"{"name":"web","disks":["web0","data.1"]}"#]),
+    ]
 }
 
 /// The file that tells a node's repository, and that of a `blobcr up`.
