@@ -24,9 +24,9 @@ async fn what_is_not_in_memory_is_told_and_read_from_its_file() {
     let mut out = vec![0; CHUNK];
     let at = CHUNK as u64 + 1000;
     assert!(matches!(disk.quick_read(at, &mut out).unwrap(), QuickRead::Done));
-    assert_eq!(out, bytes[1000..1000 + CHUNK]);
+    assert!(out == bytes[1000..1000 + CHUNK]);
 
-    let delta = File::open(path.join("gen-0/delta")).unwrap();
+    let delta = File::open(path.join("gen-1/delta")).unwrap();
     rustix::fs::fadvise(&delta, 0, None, Advice::DontNeed).unwrap();
     out.fill(0);
     // A file system in memory keeps everything there.
@@ -39,11 +39,11 @@ async fn what_is_not_in_memory_is_told_and_read_from_its_file() {
             .read_exact_at(&mut from_file, cold.offset)
             .unwrap();
         cold.read(&mut out).unwrap();
-        assert_eq!(out, from_file);
-        assert_eq!((&out[..3], &out[3..]), (&b"new"[..], &bytes[1003..1000 + CHUNK]));
+        assert!(out == from_file && out.starts_with(b"new"));
+        assert!(out[3..] == bytes[1003..1000 + CHUNK]);
     }
     // Half of it is the snapshot's: not one range of one file.
     let mixed = CHUNK as u64 / 2;
     assert!(matches!(disk.quick_read(mixed, &mut out).unwrap(), QuickRead::NeedsAsync));
-    assert_eq!(&disk.read(mixed, CHUNK).await.unwrap()[CHUNK / 2 + 4..], &bytes[4..CHUNK / 2]);
+    assert!(disk.read(mixed, CHUNK).await.unwrap()[CHUNK / 2..][..1000] == bytes[..1000]);
 }
