@@ -42,7 +42,8 @@ const REQUESTS_PER_CONNECTION_MAX: usize = 128;
 
 /// A gRPC server with the settings that chunk traffic wants: a window of a whole chunk for each
 /// stream and of eight for a connection (the default of 64 KiB would stall at every round trip),
-/// 1 MiB frames, no Nagle, and pings that notice a peer that is gone.
+/// 1 MiB frames, no Nagle, and pings that notice a peer that is gone. Tells the log, at `debug`, of
+/// each call, as target `blobcr::rpc`.
 #[must_use]
 pub fn server_builder() -> tonic::transport::Server {
     tonic::transport::Server::builder()
@@ -53,6 +54,10 @@ pub fn server_builder() -> tonic::transport::Server {
         .http2_keepalive_interval(Some(Duration::from_secs(10)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .concurrency_limit_per_connection(REQUESTS_PER_CONNECTION_MAX)
+        .trace_fn(|call| {
+            tracing::debug!(target: "blobcr::rpc", path = call.uri().path());
+            tracing::Span::none()
+        })
 }
 
 /// The service over `store`.

@@ -59,17 +59,20 @@ pub struct Roles {
     etcd: Option<Etcd>,
     away: Vec<(Which, Outage)>,
     network: Network,
+    log: Option<String>,
     dir: TempDir,
 }
 
-/// The arguments of a role that serves.
-fn arguments(role: &str, host: &Host, more: &[(&str, &str)]) -> Vec<String> {
-    let mut args = vec![role.to_owned(), "--listen".to_owned(), host.address(0).to_string()];
-    args.extend(more.iter().flat_map(|(option, value)| [*option, *value]).map(str::to_owned));
-    args
-}
-
 impl Roles {
+    /// The arguments of a role that serves.
+    fn arguments(&self, role: &str, host: &Host, more: &[(&str, &str)]) -> Vec<String> {
+        let address = host.address(0).to_string();
+        let log = self.log.iter().map(|filter| ("--log", &**filter));
+        let options = [("--listen", &*address)].into_iter().chain(log).chain(more.iter().copied());
+        let options = options.flat_map(|(option, value)| [option, value]);
+        std::iter::once(role).chain(options).map(str::to_owned).collect()
+    }
+
     /// Starts what is planned. `prepare` is called with the directory first, to mount something at
     /// `metadata1`, `repo-node1`, `mirror1` … in it; it is unmounted at the end.
     ///
@@ -89,8 +92,19 @@ impl Roles {
         let (proxies, mirrors) = (Vec::new(), Vec::new());
         let (nodes, metadata, away) = (Vec::new(), Vec::new(), Vec::new());
         // What was started ends with it when the next one does not start.
-        let mut roles =
-            Self { proxies, mirrors, steward: None, nodes, metadata, etcd, away, network, dir };
+        let log = plan.log.clone();
+        let mut roles = Self {
+            proxies,
+            mirrors,
+            steward: None,
+            nodes,
+            metadata,
+            etcd,
+            away,
+            network,
+            log,
+            dir,
+        };
         for number in 0..plan.metadata {
             roles.start_metadata(plan, number)?;
         }
@@ -123,7 +137,7 @@ impl Roles {
             None => ("--dir", own.to_string_lossy().into_owned()),
         };
         let more = [("--pool", &*plan.pool), ("--node-down-after", &down_after)];
-        let args = arguments("metadata", &host, &[&more[..], &[(store.0, &store.1)]].concat());
+        let args = self.arguments("metadata", &host, &[&more[..], &[(store.0, &store.1)]].concat());
         let name = format!("metadata{}", number + 1);
         self.metadata.push(Role::start(self.dir.path(), &name, host, args)?);
         Ok(())
@@ -133,7 +147,7 @@ impl Roles {
         let host = self.network.host()?;
         let own = self.path("repo-node", number);
         let more = [("--metadata", &*self.servers(number)), ("--dir", &own.to_string_lossy())];
-        let args = arguments("repo-node", &host, &more);
+        let args = self.arguments("repo-node", &host, &more);
         let name = format!("repo-node{}", number + 1);
         self.nodes.push(Role::start(self.dir.path(), &name, host, args)?);
         Ok(())
@@ -147,7 +161,7 @@ impl Roles {
             ("--dir", &own.to_string_lossy()),
             ("--mount", &mount.to_string_lossy()),
         ];
-        let args = arguments("mirror", &host, &more);
+        let args = self.arguments("mirror", &host, &more);
         let name = format!("mirror{}", number + 1);
         self.mirrors.push(Role::start(self.dir.path(), &name, host, args)?);
         Ok(())
@@ -159,7 +173,7 @@ impl Roles {
         let (guests, mirror) = (host.address(1).to_string(), self.mirrors[number].address());
         let more =
             [("--mirror", &*mirror), ("--sockets", &own.to_string_lossy()), ("--guests", &guests)];
-        let args = arguments("proxy", &host, &more);
+        let args = self.arguments("proxy", &host, &more);
         let name = format!("proxy{}", number + 1);
         self.proxies.push(Role::start(self.dir.path(), &name, host, args)?);
         Ok(())

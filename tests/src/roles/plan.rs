@@ -21,6 +21,8 @@ pub struct Plan {
     pub node_down_after: u64,
     /// Whether each process gets a network namespace of its own, so that it can be cut off.
     pub isolated: bool,
+    /// What the processes log; `None`: what they log unasked.
+    pub log: Option<String>,
 }
 
 impl Default for Plan {
@@ -36,6 +38,7 @@ impl Default for Plan {
             pool: "replica:1".to_owned(),
             node_down_after: 60,
             isolated: false,
+            log: None,
         }
     }
 }
