@@ -5,7 +5,9 @@
 //! becomes of the figures, [`peers`] are the alternatives. Other programs in `src/bin/` look at one
 //! part each. None of them passes or fails.
 
+pub mod file_layout;
 pub mod fio;
+pub mod fio_log;
 pub mod latency;
 pub mod peers;
 pub mod report;

@@ -1,6 +1,7 @@
 //! What the command line may say.
 
 mod set;
+mod strategy;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use blobcr_proto::{DiskName, ImageName, ImageSpec, PoolName, VmName};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub use set::{RestartArgs, SetCommand};
+pub use strategy::StrategyArg;
 
 use crate::size::parse_size;
 
@@ -473,6 +475,9 @@ pub struct MirrorLimits {
     /// How long a read waits for a repository that cannot be reached
     #[arg(long, value_name = "SECONDS", default_value_t = REPOSITORY_WAIT_S)]
     pub repository_wait: u64,
+    /// How a snapshot is kept as it was while its disk is written on
+    #[arg(long, value_enum, default_value = "selective")]
+    pub strategy: StrategyArg,
 }
 
 /// A day: guests that see an I/O error turn their file systems read-only for good.

@@ -26,9 +26,30 @@ struct RawCommit {
     image: [u8; 136],
 }
 
+/// `struct blobcr_status`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RawStatus {
+    version: u32,
+    size: u32,
+    flags: u32,
+    state: u32,
+    number: u64,
+    image_id: u64,
+    last_stable: u64,
+    pending: u64,
+    disk_bytes: u64,
+    dirty_bytes: u64,
+    local_bytes: u64,
+    image: [u8; 136],
+    reason: [u8; 240],
+}
+
 const COMMIT_WAIT: u32 = 1;
+const PENDING: u32 = 1;
 const STABLE: u32 = 2;
 const IOC_COMMIT: rustix::ioctl::Opcode = rustix::ioctl::opcode::read_write::<RawCommit>(0xBC, 2);
+const IOC_STATUS: rustix::ioctl::Opcode = rustix::ioctl::opcode::read_write::<RawStatus>(0xBC, 3);
 
 /// The snapshot that a COMMIT made.
 #[derive(Clone, Debug)]
@@ -105,6 +126,38 @@ impl MountedDisk {
         let made = self.ioctl(COMMIT_WAIT).context("COMMIT")?;
         ensure!(made.state == STABLE, "{} is in state {}", made.committed().name(), made.state);
         Ok(made.committed())
+    }
+
+    /// Whether a snapshot is stable yet.
+    ///
+    /// # Errors
+    /// When the ioctl fails, or the snapshot has failed.
+    pub fn is_stable(&self, number: u64) -> anyhow::Result<bool> {
+        let mut status = RawStatus {
+            version: 1,
+            size: size_of::<RawStatus>() as u32,
+            flags: 0,
+            state: 0,
+            number,
+            image_id: 0,
+            last_stable: 0,
+            pending: 0,
+            disk_bytes: 0,
+            dirty_bytes: 0,
+            local_bytes: 0,
+            image: [0; 136],
+            reason: [0; 240],
+        };
+        // SAFETY: the opcode's structure is `RawStatus`, which has no padding, holds only numbers
+        // and lives until the call returns.
+        unsafe { ioctl(&self.file, Updater::<IOC_STATUS, _>::new(&mut status)) }
+            .context("STATUS")?;
+        ensure!(
+            matches!(status.state, PENDING | STABLE),
+            "snapshot {number} is in state {}",
+            status.state
+        );
+        Ok(status.state == STABLE)
     }
 
     /// Discards a range: it reads as zeros.

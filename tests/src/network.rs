@@ -96,6 +96,18 @@ impl Host {
         SocketAddr::from((self.ip, self.first_port + port))
     }
 
+    /// Bytes that have arrived from other hosts.
+    ///
+    /// # Errors
+    /// When the host is on loopback.
+    pub fn received_bytes(&self) -> Result<u64> {
+        ensure!(self.namespace.is_some(), "what loopback carries is counted for all together");
+        let devices = self.enter(|| std::fs::read_to_string("/proc/thread-self/net/dev"))??;
+        let line = devices.lines().find_map(|line| line.trim().strip_prefix("eth0:"));
+        let bytes = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+        bytes.context("the host's network tells no bytes")
+    }
+
     /// Does something, or starts something, where the host's network is seen.
     ///
     /// # Errors
@@ -251,6 +263,23 @@ impl Network {
         self.hub()?.ip(&format!("link set host{} master bridge\n", host.number))
     }
 
+    /// From now on no more reaches the host than so many megabits a second.
+    ///
+    /// # Errors
+    /// When the network is loopback, or `tc` refuses.
+    pub fn limit(&self, host: &Host, megabits: u32) -> Result<()> {
+        let port = format!("host{}", host.number);
+        let rate = format!("{megabits}mbit");
+        let mut tc = Command::new("tc");
+        tc.args(["qdisc", "replace", "dev", &port, "root", "tbf", "rate", &rate]);
+        // What a tick of the kernel lets through at 10 Gbit/s.
+        tc.args(["burst", "4mb", "latency", "100ms"]);
+        let ended = self.hub()?.enter(|| tc.output())?.context("start tc (Debian: iproute2)")?;
+        let said = String::from_utf8_lossy(&ended.stderr);
+        ensure!(ended.status.success(), "tc refused: {said}");
+        Ok(())
+    }
+
     fn hub(&self) -> Result<&Namespace> {
         self.hub.as_ref().context("only a host in a namespace of its own can be cut off")
     }
@@ -286,6 +315,29 @@ mod tests {
         exchange(&a, &b, PATIENCE)?;
         assert_ne!(other.host()?.address(0), a.address(0));
         assert!(network.cut_off(&a).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn what_reaches_a_host_is_counted_and_limited() -> Result<()> {
+        const BYTES: usize = 8 << 20;
+        let mut network = Network::isolated()?;
+        let (a, b) = (network.host()?, network.host()?);
+        exchange(&a, &b, PATIENCE)?;
+        network.limit(&b, 200)?;
+        let before = b.received_bytes()?;
+        let listener = b.enter(|| TcpListener::bind(b.address(1)))??;
+        let mut stream = a.enter(|| TcpStream::connect(b.address(1)))??;
+        let began = std::time::Instant::now();
+        let sender = std::thread::spawn(move || stream.write_all(&vec![1; BYTES]));
+        let mut got = Vec::new();
+        listener.accept()?.0.read_to_end(&mut got)?;
+        sender.join().expect("no panic")?;
+        let (took, moved) = (began.elapsed(), b.received_bytes()? - before);
+        assert!(moved as usize > BYTES && moved < 2 * BYTES as u64, "{moved}");
+        // Half of it may pass at once.
+        assert!(took > Duration::from_millis(100), "{took:?}");
+        assert!(Network::loopback().host()?.received_bytes().is_err());
         Ok(())
     }
 

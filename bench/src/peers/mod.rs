@@ -1,3 +1,4 @@
 //! The alternatives, as real programs.
 
+pub mod running_vm;
 pub mod storage_daemon;

@@ -152,12 +152,12 @@ impl StorageDaemon {
 }
 
 /// It listens a moment after it was started.
-fn connect(path: &Path) -> anyhow::Result<Qmp> {
+pub(super) fn connect(path: &Path) -> anyhow::Result<Qmp> {
     let start = Instant::now();
     loop {
         match Qmp::connect(path) {
             Err(_) if start.elapsed() < LIMIT => std::thread::sleep(Duration::from_millis(20)),
-            connected => return connected.context("connect to qemu-storage-daemon"),
+            connected => return connected.context("connect to QEMU"),
         }
     }
 }

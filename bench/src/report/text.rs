@@ -29,7 +29,7 @@ pub(super) fn cell(row: &Row, subject: usize) -> String {
         _ => format!(" ({}–{})", short(least), short(most)),
     };
     let ratio = match row.ratio(subject) {
-        Some(ratio) if subject > 0 => format!(" {}×", ratio_text(ratio)),
+        Some(ratio) if subject > 0 && ratio.is_finite() => format!(" {}×", ratio_text(ratio)),
         _ => String::new(),
     };
     format!("{}{ends}{ratio}", short(median))

@@ -1,8 +1,11 @@
 //! The benchmarks that `./do bench` runs. Each is a file here: it runs us and the alternatives by
 //! turns, round after round, and returns a [`Report`].
 
+mod after_commit;
+mod checkpoint_strategies;
 mod downtime;
 mod guest_io;
+mod restart;
 
 use std::path::{Path, PathBuf};
 
@@ -21,6 +24,12 @@ pub enum Benchmark {
     GuestIoDisk,
     /// COMMIT and a guest's CHECKPOINT, by how much is dirty, beside snapshots of qcow2
     Downtime,
+    /// A checkpoint of several disks whose applications write on, by strategy: the paper's figures 4 and 5
+    CheckpointStrategies,
+    /// Writes right after a COMMIT against those before it, beside snapshots of qcow2
+    AfterCommit,
+    /// A virtual machine starts on another host, lazily and after a copy: the paper's figure 7
+    Restart,
 }
 
 /// Where and how much.
@@ -52,6 +61,9 @@ impl Benchmark {
             Self::GuestIoMemory => guest_io::run(settings, guest_io::Place::Memory),
             Self::GuestIoDisk => guest_io::run(settings, guest_io::Place::Disk),
             Self::Downtime => downtime::run(settings),
+            Self::CheckpointStrategies => checkpoint_strategies::run(settings),
+            Self::AfterCommit => after_commit::run(settings),
+            Self::Restart => restart::run(settings),
         }?;
         report.name = self.name();
         report.setup.push(machine());

@@ -59,6 +59,7 @@ pub(super) async fn start(
         aside_bytes: limits.aside,
         spill_bytes: limits.spill,
         repository_wait: Duration::from_secs(limits.repository_wait),
+        strategy: limits.strategy.into(),
         allow_other: others_may_enter(),
         ..HostOptions::new(dir, mount)
     };

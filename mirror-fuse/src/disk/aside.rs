@@ -50,6 +50,8 @@ pub(super) enum Room {
     Memory,
     /// Into the spill file when the memory is full.
     MemoryOrSpill,
+    /// Into the spill file only, whatever is free: as alternatives to selective copy-on-write do.
+    Spill,
 }
 
 /// The runs of sectors of a chunk that are in the delta.
@@ -92,7 +94,9 @@ impl Copier<'_> {
         let present = present_runs(self.map, self.shape, chunk);
         let len: usize = present.iter().map(|run| run.bytes()).sum();
         let start = self.shape.chunk_start(chunk);
-        if let Some(share) = self.budgets.take_memory(len as u64) {
+        if room != Room::Spill
+            && let Some(share) = self.budgets.take_memory(len as u64)
+        {
             let mut bytes = vec![0; len];
             pack(self.delta, start, &present, &mut bytes)?;
             let packed = Packed::Memory { bytes: bytes.into(), _share: share };
@@ -117,6 +121,16 @@ impl Copier<'_> {
 }
 
 impl Content {
+    /// The bytes as they are, where they are a whole chunk of `size` bytes in memory.
+    pub(super) fn whole(&self, size: usize) -> Option<Bytes> {
+        match &self.packed {
+            Packed::Memory { bytes, .. } | Packed::Borrowed(bytes) if bytes.len() == size => {
+                Some(bytes.clone())
+            }
+            _ => None,
+        }
+    }
+
     /// Puts the sectors in their places in `chunk`; others are left alone.
     pub(super) fn unpack(&self, chunk: &mut [u8]) -> Result<(), DiskError> {
         let loaded;

@@ -12,6 +12,7 @@ use super::facts::Pending;
 use super::generation::Generation;
 use super::map::Mark;
 use super::shape::Sectors;
+use super::stripes::Stripe;
 use super::upstreams::SnapshotChunks;
 
 /// Between two tries to fetch a chunk of the base that a snapshot needs: each try waits for the
@@ -34,26 +35,47 @@ enum Captured {
     Gone,
 }
 
+/// The same as bytes: what was aside is given up.
+enum Got {
+    /// All of it, without a copy.
+    Whole(Bytes),
+    /// But for these sectors, which the base has.
+    Part(Vec<u8>, Vec<Sectors>),
+    Zeros,
+    Gone,
+}
+
 impl Generation {
     /// Takes a chunk's content as of `snapshot`, the oldest pending one: copy or delta, whichever
     /// has it. The chunk is `Idle` for that snapshot afterwards: the next write copies nothing.
     fn capture(&self, snapshot: &Pending, chunk: u64) -> Result<Captured, DiskError> {
         let mut stripe = self.stripes.lock(chunk);
-        let mark = self.map.mark(chunk);
-        if mark.epoch <= snapshot.last {
-            let content = if self.is_hole(chunk)? {
-                Captured::Zeros
-            } else {
-                Captured::Read(self.copier().read(chunk)?)
-            };
-            self.map.set_mark(chunk, Mark { captured: true, ..mark });
-            return Ok(content);
+        if let Some(aside) = self.take_aside(&mut stripe, snapshot, chunk) {
+            return Ok(Captured::Aside(aside));
         }
-        // The chunk was changed since the cut. Never take what is in the delta now.
-        let Some(versions) = stripe.asides.get_mut(&chunk) else { return Ok(Captured::Gone) };
-        let Some(index) = versions.iter().position(|aside| aside.is_of(snapshot)) else {
+        let mark = self.map.mark(chunk);
+        if mark.epoch > snapshot.last {
+            // The chunk was changed since the cut. Never take what is in the delta now.
             return Ok(Captured::Gone);
+        }
+        let content = if self.is_hole(chunk)? {
+            Captured::Zeros
+        } else {
+            Captured::Read(self.copier().read(chunk)?)
         };
+        self.map.set_mark(chunk, Mark { captured: true, ..mark });
+        Ok(content)
+    }
+
+    /// The copy of a chunk as of `snapshot`, the oldest pending one, if there is one.
+    fn take_aside(
+        &self,
+        stripe: &mut Stripe,
+        snapshot: &Pending,
+        chunk: u64,
+    ) -> Option<Arc<Aside>> {
+        let versions = stripe.asides.get_mut(&chunk)?;
+        let index = versions.iter().position(|aside| aside.is_of(snapshot))?;
         let aside = Arc::clone(&versions[index]);
         // A snapshot behind this one needs it too, should this one fail.
         if !self.epochs.pending().iter().skip(1).any(|later| aside.is_of(later)) {
@@ -62,7 +84,7 @@ impl Generation {
                 stripe.asides.remove(&chunk);
             }
         }
-        Ok(Captured::Aside(aside))
+        Some(aside)
     }
 
     /// Whether the delta holds the whole chunk, as one hole.
@@ -95,42 +117,38 @@ impl SnapshotChunks for Captures {
         let snapshot = self.snapshot.clone();
         let read = move || -> Result<_, DiskError> {
             let captured = generation.capture(&snapshot, index)?;
-            let mut chunk = vec![0; generation.shape.chunk_size.len()];
-            let sectors = generation.shape.chunk_sectors(index);
-            let absent = match &captured {
-                Captured::Zeros | Captured::Gone => Vec::new(),
-                Captured::Read(content) => {
-                    content.unpack(&mut chunk)?;
-                    content.absent(sectors)
-                }
-                Captured::Aside(aside) => {
-                    aside.content().unpack(&mut chunk)?;
-                    aside.content().absent(sectors)
-                }
+            let content = match &captured {
+                Captured::Zeros => return Ok(Got::Zeros),
+                Captured::Gone => return Ok(Got::Gone),
+                Captured::Read(content) => content,
+                Captured::Aside(aside) => aside.content(),
             };
-            Ok((captured, chunk, absent))
+            let size = generation.shape.chunk_size.len();
+            if let Some(whole) = content.whole(size) {
+                return Ok(Got::Whole(whole));
+            }
+            let mut chunk = vec![0; size];
+            content.unpack(&mut chunk)?;
+            Ok(Got::Part(chunk, content.absent(generation.shape.chunk_sectors(index))))
         };
         let common = &self.generation.common;
-        let done = common.blocking(read).await.map_err(|error| error.to_string())?;
-        let (captured, mut chunk, absent) = done;
+        let got = common.blocking(read).await.map_err(|error| error.to_string())?;
         // A writer that has no room for a copy may not need one any more.
         common.budgets().freed().notify_waiters();
-        match captured {
-            Captured::Zeros => return Ok(None),
-            Captured::Gone => {
-                return Err(format!(
-                    "chunk {index} was overwritten after its snapshot was taken and before it \
-                     could be kept, because the snapshot before it failed"
-                ));
+        match got {
+            Got::Zeros => Ok(None),
+            Got::Gone => Err(format!(
+                "chunk {index} was overwritten after its snapshot was taken and before it could \
+                 be kept, because the snapshot before it failed"
+            )),
+            Got::Whole(chunk) => Ok(Some(chunk)),
+            Got::Part(mut chunk, absent) => {
+                if !absent.is_empty() {
+                    self.fill(index, &absent, &mut chunk).await?;
+                }
+                Ok(Some(chunk.into()))
             }
-            Captured::Read(_) | Captured::Aside(_) => {}
         }
-        // What is aside can go: its bytes are in `chunk`.
-        drop(captured);
-        if !absent.is_empty() {
-            self.fill(index, &absent, &mut chunk).await?;
-        }
-        Ok(Some(chunk.into()))
     }
 }
 

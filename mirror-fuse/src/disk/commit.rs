@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use blobcr_proto::name::NAME_BYTES_MAX;
 use blobcr_proto::v1;
+use futures::future::try_join_all;
 
 use super::epochs::{Cut, NoCut};
 use super::facts::Answer;
@@ -135,6 +136,9 @@ impl Generation {
 
 impl Disk {
     pub(super) fn try_commit_now(&self) -> Result<Option<Committed>, DiskError> {
+        if self.shared.strategy().holds_writers() {
+            return Ok(None);
+        }
         let since = Instant::now();
         // Somebody else who commits or rolls back: wait for that with the asynchronous form.
         let Ok(_one) = self.shared.commit.try_lock() else { return Ok(None) };
@@ -146,7 +150,13 @@ impl Disk {
         let _one = self.shared.commit.lock().await;
         loop {
             self.shared.slot().await?;
-            if let Some(committed) = self.shared.cut("", Instant::now())? {
+            let since = Instant::now();
+            let held = self.shared.hold_writers();
+            if let Some(mut committed) = self.shared.cut("", since)? {
+                if held.is_some() {
+                    self.shared.before_writers_go_on(committed.number).await?;
+                    committed.downtime = since.elapsed();
+                }
                 return Ok(committed);
             }
         }
@@ -178,9 +188,27 @@ impl Disk {
                 disk.reserve_numbers()?;
             }
         }
-        let made = cut_all(&by_uid, key)?;
+        let made = cut_and_hold(&by_uid, key).await?;
         Ok(disks.iter().map(|disk| made[&disk.shared.spec.uid].clone()).collect())
     }
+}
+
+/// The barrier, and what the strategy of the disks does behind it.
+async fn cut_and_hold(
+    disks: &BTreeMap<u128, &Arc<Shared>>,
+    key: &str,
+) -> Result<BTreeMap<u128, Committed>, DiskError> {
+    let since = Instant::now();
+    let held: Vec<_> = disks.values().filter_map(|disk| disk.hold_writers()).collect();
+    let mut made = cut_all(disks, key)?;
+    if !held.is_empty() {
+        let each = disks.iter().map(|(uid, disk)| disk.before_writers_go_on(made[uid].number));
+        try_join_all(each).await?;
+        drop(held);
+        let downtime = since.elapsed();
+        made.values_mut().for_each(|committed| committed.downtime = downtime);
+    }
+    Ok(made)
 }
 
 /// The barrier itself: see [`super::gate`].

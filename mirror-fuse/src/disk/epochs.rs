@@ -100,6 +100,8 @@ pub(super) enum Belongs {
     Dirty,
     /// To a pending snapshot that has not read it yet: the paper's `Scheduled`.
     Scheduled,
+    /// To a pending snapshot that has it elsewhere already.
+    Captured,
     /// To nothing that needs it.
     Free,
 }
@@ -144,10 +146,12 @@ impl Epochs {
         let state = self.lock();
         if mark.epoch >= state.facts.first {
             Belongs::Dirty
-        } else if !mark.captured && state.facts.pending.iter().any(|s| s.covers(mark.epoch)) {
-            Belongs::Scheduled
-        } else {
+        } else if state.facts.pending.iter().all(|s| !s.covers(mark.epoch)) {
             Belongs::Free
+        } else if mark.captured {
+            Belongs::Captured
+        } else {
+            Belongs::Scheduled
         }
     }
 
@@ -227,10 +231,13 @@ impl Epochs {
         state.dirty.len + listed(&state.returned)
     }
 
-    /// The chunks of the oldest pending snapshot: sorted, each once.
-    pub(super) fn chunks(&self) -> Vec<u64> {
+    /// The chunks of a pending snapshot: sorted, each once.
+    pub(super) fn chunks(&self, number: u64) -> Vec<u64> {
+        let state = self.lock();
+        let index = state.facts.pending.iter().position(|snapshot| snapshot.number == number);
         // Only pointers are copied under the mutex.
-        let lists = self.lock().pending.first().cloned();
+        let lists = index.map(|index| state.pending[index].clone());
+        drop(state);
         sorted(&lists.unwrap_or_default())
     }
 

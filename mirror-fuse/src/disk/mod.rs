@@ -7,6 +7,7 @@
 //! | `flush` | the promise that a guest's flush makes |
 //! | `epochs`, `gate`, `commit` | CLONE, COMMIT, and why a snapshot is a consistent cut |
 //! | `stripes`, `aside`, `spill`, `budget` | selective copy-on-write |
+//! | `strategy` | what else a snapshot could be kept by, for comparison |
 //! | `persister`, `capture` | making snapshots durable in the background |
 //! | `map`, `facts`, `delta`, `journal`, `state_file`, `record`, `frame` | the files |
 //! | `recovery`, `rollback`, `generation` | opening after whatever happened; going back |
@@ -63,6 +64,7 @@ mod spec;
 mod spill;
 mod state_file;
 mod status;
+mod strategy;
 mod stripes;
 #[cfg(test)]
 mod tests;
@@ -85,6 +87,7 @@ pub use error::{BaseError, DiskError, UpstreamError};
 pub use io::{FileIo, HostFiles, Which};
 pub use read::{ColdRead, QuickRead};
 pub use spec::{DiskDeps, DiskSpec};
+pub use strategy::Strategy;
 pub use upstreams::{
     Base, BaseOpener, Persisted, SnapshotChunks, SnapshotKey, Source, Upstream, Work,
 };
@@ -242,7 +245,9 @@ impl Disk {
     /// When the range is beyond the end, the host is full or fails, or the disk is poisoned.
     pub fn try_write(&self, offset: u64, data: &[u8]) -> Result<Attempt, DiskError> {
         self.shared.check_range(offset, data.len() as u64)?;
-        self.shared.gate.enter();
+        if !self.shared.gate.enter() {
+            return Ok(Attempt::NeedsAsync { done: 0 });
+        }
         let generation = self.shared.generation.load();
         generation.write(offset, data, None, Room::Memory).map(Attempt::from)
     }
@@ -266,7 +271,9 @@ impl Disk {
     /// As [`Self::try_write`].
     pub fn try_zero(&self, offset: u64, len: u64, how: Zero) -> Result<Attempt, DiskError> {
         self.shared.check_range(offset, len)?;
-        self.shared.gate.enter();
+        if !self.shared.gate.enter() {
+            return Ok(Attempt::NeedsAsync { done: 0 });
+        }
         let generation = self.shared.generation.load();
         generation.zero(offset, len, how, None, Room::Memory).map(Attempt::from)
     }
@@ -302,12 +309,19 @@ impl Disk {
             let (shared, step, have) =
                 (Arc::clone(&self.shared), Arc::clone(&step), fetched.take());
             let call = move || {
-                shared.gate.enter();
+                if !shared.gate.enter() {
+                    return Ok((None, have));
+                }
                 let generation = shared.generation.load_full();
                 let progress = step(&generation, done, have.as_ref())?;
-                Ok((generation, progress))
+                Ok((Some((generation, progress)), have))
             };
-            let (generation, progress) = self.shared.common.blocking(call).await?;
+            let (tried, have) = self.shared.common.blocking(call).await?;
+            let Some((generation, progress)) = tried else {
+                fetched = have;
+                self.shared.gate.released().await;
+                continue;
+            };
             match progress {
                 Progress::Done => return Ok(()),
                 Progress::Long { done: more } => done += more,
@@ -370,7 +384,8 @@ impl Disk {
     }
 
     /// COMMIT (algorithm 2): what the disk holds now becomes a snapshot. Costs the same however
-    /// much has changed. `None`: two are being persisted already, or another COMMIT is under way.
+    /// much has changed. `None`: two are being persisted already, another COMMIT is under way, or
+    /// the strategy has it take long.
     ///
     /// # Errors
     /// [`DiskError::NotCloned`], and when the host fails.

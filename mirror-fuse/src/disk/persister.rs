@@ -33,6 +33,7 @@ impl Failed {
 pub(super) async fn run(shared: Arc<Shared>) {
     settle_strays(&shared).await;
     loop {
+        shared.may_persist().await;
         let generation = shared.generation.load_full();
         match (generation.epochs.oldest(), shared.checkpoint.get()) {
             (Some(snapshot), Some(image)) => persist(&shared, &generation, image, snapshot).await,
@@ -148,7 +149,7 @@ impl Generation {
     fn give_back(&self, snapshot: &Pending) -> Result<(), DiskError> {
         let _busy = self.common.busy();
         self.check()?;
-        self.uncapture(snapshot, &self.epochs.chunks());
+        self.uncapture(snapshot, &self.epochs.chunks(snapshot.number));
         self.epochs.failed(&self.map);
         self.drop_asides();
         Ok(())
@@ -171,7 +172,8 @@ async fn attempt(
     }
     retry(shared, || upstream.begin(&key)).await.map_err(Failed::because)?;
     let of_blocking = Arc::clone(generation);
-    let sort = move || Ok(of_blocking.epochs.chunks());
+    let number = snapshot.number;
+    let sort = move || Ok(of_blocking.epochs.chunks(number));
     let chunks = shared.common.blocking(sort).await.map_err(Failed::because)?;
     let base = generation.epochs.facts().stable_root;
     let of_stalls = Arc::clone(shared);

@@ -7,6 +7,7 @@ use tokio::runtime::Handle;
 
 use super::budget::Budgets;
 use super::io::{FileIo, HostFiles};
+use super::strategy::Strategy;
 use super::upstreams::{BaseOpener, Source, Upstream};
 
 /// What a disk is; it never changes.
@@ -41,6 +42,8 @@ pub struct DiskDeps {
     pub boot_id: String,
     /// Where the disk's persister runs.
     pub runtime: Handle,
+    /// How a snapshot is kept as it was while the guest writes on.
+    pub strategy: Strategy,
 }
 
 impl std::fmt::Debug for DiskDeps {
@@ -69,6 +72,7 @@ impl DiskDeps {
             io: Arc::new(HostFiles),
             boot_id: std::fs::read_to_string(BOOT_ID)?.trim().to_owned(),
             runtime: Handle::current(),
+            strategy: Strategy::default(),
         })
     }
 }

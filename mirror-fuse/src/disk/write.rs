@@ -9,6 +9,7 @@ use super::aside::{Aside, Room};
 use super::epochs::Belongs;
 use super::generation::Generation;
 use super::shape::{Piece, SECTOR, Sectors};
+use super::strategy::Saved;
 use super::stripes::Stripe;
 use super::{DiskError, upstreams};
 
@@ -206,13 +207,14 @@ impl Generation {
         if self.epochs.is_dirty(mark) {
             return Ok(true);
         }
-        let content = match self.epochs.belongs(mark) {
-            Belongs::Dirty => return Ok(true),
-            Belongs::Free => None,
-            Belongs::Scheduled => match self.copier().copy(chunk, room)? {
-                None => return Ok(false),
-                content => content,
-            },
+        let belongs = self.epochs.belongs(mark);
+        if belongs == Belongs::Dirty {
+            return Ok(true);
+        }
+        let content = match self.save(chunk, belongs, room)? {
+            Saved::NoRoom => return Ok(false),
+            Saved::Nothing => None,
+            Saved::Copy(content) => Some(content),
         };
         let (epoch, pending) = self.epochs.make_dirty(&self.map, chunk, mark);
         if let Some(content) = content {

@@ -104,8 +104,9 @@ impl Host {
         let upstream =
             Arc::new(RepositoryUpstream::new(repository.clone(), PersistLimits::default()));
         let budgets = Budgets::new(options.aside_bytes, options.spill_bytes);
-        let deps = DiskDeps::new(DiskBases::new(Arc::clone(&snapshots)), upstream, budgets)
-            .map_err(failed(&options.dir))?;
+        let bases = DiskBases::new(Arc::clone(&snapshots));
+        let deps = DiskDeps::new(bases, upstream, budgets).map_err(failed(&options.dir))?;
+        let deps = DiskDeps { strategy: options.strategy, ..deps };
         let disks_dir = options.dir.join("disks");
         make_durable(&disks_dir).map_err(failed(&disks_dir))?;
         Ok(Self(Arc::new(Inner {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::base::FetchLimits;
+use crate::disk::Strategy;
 use crate::registry::Access;
 
 /// How a mirror is set up.
@@ -23,6 +24,8 @@ pub struct HostOptions {
     pub spill_bytes: u64,
     /// How long a read waits for a repository that cannot be reached, before it fails.
     pub repository_wait: Duration,
+    /// How a snapshot is kept as it was while the guest writes on.
+    pub strategy: Strategy,
     /// Threads that take requests from the kernel.
     pub threads: usize,
     /// Let other users than this one into the mount. Hypervisors commonly run as another one.
@@ -50,6 +53,7 @@ impl HostOptions {
             aside_bytes: 256 << 20,
             spill_bytes: 4 << 30,
             repository_wait: FetchLimits::default().wait,
+            strategy: Strategy::default(),
             // Measured: two are best at queue depth 1, four at 32.
             threads: std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4)),
             allow_other: true,

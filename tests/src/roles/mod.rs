@@ -287,6 +287,14 @@ impl Roles {
         Ok(id.with_context(|| format!("no node at {address} is up: {listed}"))?.to_owned())
     }
 
+    /// From now on no more reaches a process than so many megabits a second.
+    ///
+    /// # Errors
+    /// When the processes have no networks of their own.
+    pub fn limit(&self, which: Which, megabits: u32) -> Result<()> {
+        self.network.limit(self.host(which)?, megabits)
+    }
+
     /// Runs a verb, asked of that process and from where it lives.
     ///
     /// # Errors

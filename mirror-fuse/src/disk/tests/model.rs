@@ -49,6 +49,7 @@ struct Model {
 struct Run {
     rng: StdRng,
     seed: u64,
+    strategy: Strategy,
     root: tempfile::TempDir,
     world: Arc<World>,
     files: Arc<CrashFiles>,
@@ -65,7 +66,7 @@ impl Drop for Run {
             for line in &self.log {
                 println!("{line}");
             }
-            println!("replay with BLOBCR_SEED={}", self.seed);
+            println!("{:?}: replay with BLOBCR_SEED={}", self.strategy, self.seed);
         }
     }
 }
@@ -135,13 +136,14 @@ impl Model {
 }
 
 impl Run {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, strategy: Strategy) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let root = tempfile::tempdir().unwrap();
         let world = World::new();
         let files = CrashFiles::new(seed);
         let mut run = Self {
             seed,
+            strategy,
             world,
             files,
             boot: 1,
@@ -196,7 +198,8 @@ impl Run {
 
     fn deps(&self, room: (u64, u64)) -> DiskDeps {
         let io = Arc::clone(&self.files) as Arc<dyn FileIo>;
-        DiskDeps { io, ..deps(&self.world, room, &format!("boot{}", self.boot)) }
+        let deps = deps(&self.world, room, &format!("boot{}", self.boot));
+        DiskDeps { io, strategy: self.strategy, ..deps }
     }
 
     fn note(&mut self, text: String) {
@@ -393,7 +396,7 @@ impl Run {
         let made = if disk.checkpoint_image().is_some() && self.rng.random() {
             let busy = disk.status().pending.len() == 2;
             let made = disk.try_commit().unwrap();
-            assert_eq!(made.is_none(), busy);
+            assert_eq!(made.is_none(), busy || self.strategy.holds_writers());
             made
         } else {
             Some(self.stepping(disk.commit()).await.unwrap())
@@ -702,8 +705,8 @@ impl Run {
     }
 }
 
-async fn run(seed: u64) {
-    let mut run = Run::new(seed);
+async fn run(seed: u64, strategy: Strategy) {
+    let mut run = Run::new(seed, strategy);
     for _ in 0..OPERATIONS {
         run.operation().await;
     }
@@ -714,8 +717,7 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap())
 }
 
-#[test]
-fn a_disk_is_like_a_plain_one_whatever_happens() {
+fn runs(strategy: Strategy) {
     let seeds = match number("BLOBCR_SEED") {
         Some(seed) => seed..seed + 1,
         None => 0..number("BLOBCR_RUNS").unwrap_or(RUNS),
@@ -726,6 +728,26 @@ fn a_disk_is_like_a_plain_one_whatever_happens() {
             .start_paused(true)
             .build()
             .unwrap();
-        runtime.block_on(run(seed));
+        runtime.block_on(run(seed, strategy));
     }
+}
+
+#[test]
+fn a_disk_is_like_a_plain_one_whatever_happens() {
+    runs(Strategy::Selective);
+}
+
+#[test]
+fn so_is_one_with_plain_copy_on_write() {
+    runs(Strategy::Cow);
+}
+
+#[test]
+fn so_is_one_that_copies_first() {
+    runs(Strategy::Precopy);
+}
+
+#[test]
+fn so_is_one_that_persists_while_writers_wait() {
+    runs(Strategy::Offline);
 }

@@ -77,11 +77,18 @@ fn prefix(snapshots: &[Vec<u8>], writer: u64) -> u64 {
 #[test]
 fn snapshots_of_two_disks_are_one_consistent_cut_while_writers_go_on() {
     for (seed, room) in [(1, (100, 100)), (2, (2, 2)), (3, (0, 3)), (4, (1, 0))] {
-        cuts(seed, room);
+        cuts(seed, room, Strategy::Selective);
     }
 }
 
-fn cuts(seed: u64, room: (u64, u64)) {
+#[test]
+fn so_are_they_whatever_the_strategy() {
+    for strategy in [Strategy::Cow, Strategy::Precopy, Strategy::Offline] {
+        cuts(5, (2, 3), strategy);
+    }
+}
+
+fn cuts(seed: u64, room: (u64, u64), strategy: Strategy) {
     let dir = tempfile::tempdir().unwrap();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(3).enable_all().build().unwrap();
@@ -93,7 +100,8 @@ fn cuts(seed: u64, room: (u64, u64)) {
             let source = world.image(&format!("base{index}"), &vec![0; SIZE as usize]);
             let spec = spec_of(&format!("disk{index}"), source, SIZE);
             let path = dir.path().join(format!("disk{index}"));
-            Disk::create(&path, spec, deps(&world, room, "boot")).unwrap()
+            let deps = DiskDeps { strategy, ..deps(&world, room, "boot") };
+            Disk::create(&path, spec, deps).unwrap()
         })
         .collect();
     let acked: Vec<_> = (0..WRITERS).map(|_| AtomicU64::new(0)).collect();

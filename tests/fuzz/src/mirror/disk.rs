@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use async_trait::async_trait;
 use blobcr_mirror_fuse::disk::{
     Base, BaseError, BaseOpener, Budgets, Disk, DiskDeps, DiskSpec, HostFiles, Persisted,
-    SnapshotKey, Source, Upstream, UpstreamError, Work,
+    SnapshotKey, Source, Strategy, Upstream, UpstreamError, Work,
 };
 use blobcr_proto::{ChunkSize, DiskName, v1};
 use bytes::Bytes;
@@ -132,6 +132,7 @@ fn deps(boot_id: &str) -> DiskDeps {
         io: Arc::new(HostFiles),
         boot_id: boot_id.to_owned(),
         runtime: tokio::runtime::Handle::current(),
+        strategy: Strategy::default(),
     }
 }
 
