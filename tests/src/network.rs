@@ -20,8 +20,10 @@ const OWN: &str = "/proc/thread-self/ns/net";
 const PORTS: u16 = 20;
 /// Below the ports that connections take by themselves.
 const FIRST_PORT: u16 = 2000;
-/// Of one network.
+/// Of one network of namespaces, each of which knows all others.
 const HOSTS_MAX: u8 = 40;
+/// Of one network on loopback.
+const ADDRESSES_MAX: u8 = 250;
 
 /// A network namespace.
 #[derive(Debug)]
@@ -217,7 +219,8 @@ impl Network {
     pub fn host(&mut self) -> Result<Host> {
         self.hosts += 1;
         let number = self.hosts;
-        ensure!(number <= HOSTS_MAX, "too many hosts");
+        let most = if self.hub.is_some() { HOSTS_MAX } else { ADDRESSES_MAX };
+        ensure!(number <= most, "more than {most} hosts");
         let [a, b, c] = self.prefix;
         let ip = Ipv4Addr::new(a, b, c, number);
         let namespace = match &self.hub {

@@ -6,6 +6,7 @@ mod checkpoint_strategies;
 mod downtime;
 mod guest_io;
 mod restart;
+mod scale;
 
 use std::path::{Path, PathBuf};
 
@@ -30,6 +31,8 @@ pub enum Benchmark {
     AfterCommit,
     /// A virtual machine starts on another host, lazily and after a copy: the paper's figure 7
     Restart,
+    /// Many hosts that commit at once, and a model of thousands
+    Scale,
 }
 
 /// Where and how much.
@@ -64,6 +67,7 @@ impl Benchmark {
             Self::CheckpointStrategies => checkpoint_strategies::run(settings),
             Self::AfterCommit => after_commit::run(settings),
             Self::Restart => restart::run(settings),
+            Self::Scale => scale::run(settings),
         }?;
         report.name = self.name();
         report.setup.push(machine());
