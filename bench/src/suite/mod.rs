@@ -5,7 +5,9 @@ mod after_commit;
 mod checkpoint_strategies;
 mod downtime;
 mod guest_io;
+mod persist;
 mod restart;
+mod verbs;
 
 use std::path::{Path, PathBuf};
 
@@ -30,6 +32,14 @@ pub enum Benchmark {
     AfterCommit,
     /// A virtual machine starts on another host, lazily and after a copy: the paper's figure 7
     Restart,
+    /// How fast a COMMIT becomes stable, by content and policy, beside restic, borg and qemu-img
+    Persist,
+    /// Attach, clone, roll back and diff by the size of the image and by what was written
+    Verbs,
+    /// The same, and reads, by the number of snapshots
+    VerbsSnapshots,
+    /// A thousand disks of one snapshot, and an agent's step
+    VerbsFork,
 }
 
 /// Where and how much.
@@ -64,6 +74,10 @@ impl Benchmark {
             Self::CheckpointStrategies => checkpoint_strategies::run(settings),
             Self::AfterCommit => after_commit::run(settings),
             Self::Restart => restart::run(settings),
+            Self::Persist => persist::run(settings),
+            Self::Verbs => verbs::run(settings, verbs::Part::Sizes),
+            Self::VerbsSnapshots => verbs::run(settings, verbs::Part::Snapshots),
+            Self::VerbsFork => verbs::run(settings, verbs::Part::Forks),
         }?;
         report.name = self.name();
         report.setup.push(machine());
