@@ -5,6 +5,7 @@
 //! becomes of the figures, [`peers`] are the alternatives. Other programs in `src/bin/` look at one
 //! part each. None of them passes or fails.
 
+pub mod calls;
 pub mod file_layout;
 pub mod fio;
 pub mod fio_log;

@@ -298,6 +298,13 @@ impl Mirror for Script {
         Err(Status::unimplemented("not scripted"))
     }
 
+    async fn fork_disks(
+        &self,
+        _: Request<v1::ForkDisksRequest>,
+    ) -> Result<Response<v1::ForkDisksResponse>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+
     async fn detach_disk(
         &self,
         _: Request<v1::DetachDiskRequest>,
@@ -434,6 +441,7 @@ metadata! {
     list_snapshots: ListSnapshotsRequest => ListSnapshotsResponse,
     remove_snapshot: SnapshotRef => Snapshot,
     pin_snapshot: PinSnapshotRequest => Pin,
+    pin_snapshots: PinSnapshotsRequest => PinSnapshotsResponse,
     unpin_snapshot: UnpinSnapshotRequest => UnpinSnapshotResponse,
     list_pins: ListPinsRequest => ListPinsResponse,
     get_collection_bound: CollectionBoundRequest => CollectionBound,

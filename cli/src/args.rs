@@ -205,6 +205,18 @@ pub enum DiskCommand {
         #[arg(long, value_parser = parse_size)]
         size: Option<u64>,
     },
+    /// Makes disks DISK-1, DISK-2, … of one snapshot at once, and prints the paths of their files
+    Fork {
+        #[arg(value_name = "IMAGE[@N]")]
+        source: ImageSpec,
+        disk: DiskName,
+        /// How many
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=FORKS_MAX))]
+        count: u32,
+        /// Grow the disks to this size
+        #[arg(long, value_parser = parse_size)]
+        size: Option<u64>,
+    },
     /// Lists the disks of this host
     List,
     /// Tells about one disk
@@ -230,6 +242,9 @@ pub enum DiskCommand {
         number: Option<u64>,
     },
 }
+
+/// What a mirror makes in one call.
+const FORKS_MAX: i64 = 4096;
 
 /// Who holds a pin that names nobody.
 const OPERATOR: &str = "operator";

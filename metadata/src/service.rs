@@ -196,6 +196,7 @@ pass_on! {
     wait_snapshot(v1::WaitSnapshotRequest) -> v1::Snapshot;
     remove_snapshot(v1::SnapshotRef) -> v1::Snapshot;
     pin_snapshot(v1::PinSnapshotRequest) -> v1::Pin;
+    pin_snapshots(v1::PinSnapshotsRequest) -> v1::PinSnapshotsResponse;
     unpin_snapshot(v1::UnpinSnapshotRequest) -> v1::UnpinSnapshotResponse;
     list_pins(v1::ListPinsRequest) -> v1::ListPinsResponse;
     acquire_lease(v1::AcquireLeaseRequest) -> v1::Lease;

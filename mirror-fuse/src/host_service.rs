@@ -93,6 +93,15 @@ impl Mirror for MirrorService {
         Ok(Response::new(to_the_end(attached).await?))
     }
 
+    async fn fork_disks(
+        &self,
+        request: Request<v1::ForkDisksRequest>,
+    ) -> Result<Response<v1::ForkDisksResponse>, Status> {
+        let host = self.0.clone();
+        let forked = async move { host.fork(request.into_inner()).await };
+        Ok(Response::new(v1::ForkDisksResponse { disks: to_the_end(forked).await? }))
+    }
+
     async fn detach_disk(
         &self,
         request: Request<v1::DetachDiskRequest>,

@@ -1,12 +1,14 @@
 //! The disks of a host by name and by inode, and who has them open.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use blobcr_proto::DiskName;
+use tokio::sync::Notify;
+use tokio::sync::futures::Notified;
 
 use crate::base::DiskBases;
 use crate::cache::ChunkCache;
@@ -44,6 +46,8 @@ pub(crate) struct Served {
     pub(crate) ino: u64,
     access: Mutex<Access>,
     usage: Mutex<Use>,
+    /// Told when nobody has the disk open any more, and when it may be opened again.
+    released: Notify,
     modified_unix_ns: AtomicU64,
 }
 
@@ -69,6 +73,7 @@ impl Served {
             ino: inode::of_disk(disk.name()),
             access: Mutex::new(access),
             usage: Mutex::default(),
+            released: Notify::new(),
             modified_unix_ns: AtomicU64::new(u64::try_from(created.as_nanos()).unwrap_or(0)),
             disk,
             bases,
@@ -111,6 +116,11 @@ impl Served {
         Ok(Closed(Arc::clone(self)))
     }
 
+    /// Ends when another try to close the disk may succeed, if that becomes so after the call.
+    pub(crate) fn released(&self) -> Notified<'_> {
+        self.released.notified()
+    }
+
     pub(crate) fn modified(&self) -> SystemTime {
         UNIX_EPOCH + Duration::from_nanos(self.modified_unix_ns.load(Ordering::Relaxed))
     }
@@ -133,7 +143,11 @@ impl std::ops::Deref for OpenDisk {
 
 impl Drop for OpenDisk {
     fn drop(&mut self) {
-        lock(&self.0.usage).open -= 1;
+        let mut usage = lock(&self.0.usage);
+        usage.open -= 1;
+        if usage.open == 0 {
+            self.0.released.notify_waiters();
+        }
     }
 }
 
@@ -144,6 +158,7 @@ pub(crate) struct Closed(Arc<Served>);
 impl Drop for Closed {
     fn drop(&mut self) {
         lock(&self.0.usage).closed = false;
+        self.0.released.notify_waiters();
     }
 }
 
@@ -192,16 +207,31 @@ impl Disks {
     }
 
     pub(crate) fn reserve(&self, name: &DiskName) -> Result<Reservation<'_>, Taken> {
+        let mut reserved = self.reserve_all(std::slice::from_ref(name)).map_err(|taken| taken.1)?;
+        Ok(reserved.pop().expect("as many as there are names"))
+    }
+
+    /// Reserves all of the names, or none: the first that cannot be had is returned.
+    pub(crate) fn reserve_all<'n>(
+        &self,
+        names: &'n [DiskName],
+    ) -> Result<Vec<Reservation<'_>>, (&'n DiskName, Taken)> {
         let mut by_name = self.write();
-        if by_name.contains_key(name.as_str()) {
-            return Err(Taken::Name);
+        let mut inodes: HashSet<u64> = by_name.keys().map(|name| inode::of_disk(name)).collect();
+        let mut new = BTreeSet::new();
+        for name in names {
+            if by_name.contains_key(name.as_str()) || !new.insert(name.as_str()) {
+                return Err((name, Taken::Name));
+            }
+            if !inodes.insert(inode::of_disk(name.as_str())) {
+                return Err((name, Taken::Inode));
+            }
         }
-        let ino = inode::of_disk(name.as_str());
-        if by_name.keys().any(|other| inode::of_disk(other) == ino) {
-            return Err(Taken::Inode);
-        }
-        by_name.insert(name.as_str().to_owned(), Entry::Reserved);
-        Ok(Reservation { disks: self, name: name.as_str().to_owned(), kept: false })
+        let reserve = |name: &DiskName| {
+            by_name.insert(name.as_str().to_owned(), Entry::Reserved);
+            Reservation { disks: self, name: name.as_str().to_owned(), kept: false }
+        };
+        Ok(names.iter().map(reserve).collect())
     }
 
     pub(crate) fn get(&self, name: &str) -> Option<Entry> {
@@ -250,22 +280,25 @@ impl Disks {
         Reservation { disks: self, name: name.as_str().to_owned(), kept: false }
     }
 
+    /// Serves disks under the names that were reserved for them.
+    pub(crate) fn serve<'a>(
+        &'a self,
+        disks: impl IntoIterator<Item = (Reservation<'a>, Arc<Served>)>,
+    ) {
+        let mut by_name = self.write();
+        for (mut place, served) in disks {
+            by_name.insert(place.name.clone(), Entry::Served(served));
+            place.kept = true;
+        }
+        self.publish(&by_name);
+    }
+
     fn publish(&self, by_name: &BTreeMap<String, Entry>) {
         let by_ino = by_name.values().filter_map(|entry| match entry {
             Entry::Served(served) => Some((served.ino, Arc::clone(served))),
             _ => None,
         });
         self.by_ino.store(Arc::new(by_ino.collect()));
-    }
-}
-
-impl Reservation<'_> {
-    /// Serves the disk under the reserved name.
-    pub(crate) fn serve(mut self, served: Arc<Served>) {
-        let mut by_name = self.disks.write();
-        by_name.insert(self.name.clone(), Entry::Served(served));
-        self.disks.publish(&by_name);
-        self.kept = true;
     }
 }
 

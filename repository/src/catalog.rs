@@ -83,6 +83,10 @@ pub trait Catalog: Send + Sync + 'static {
     async fn remove_snapshot(&self, request: v1::SnapshotRef)
     -> Result<v1::Snapshot, CatalogError>;
     async fn pin_snapshot(&self, request: v1::PinSnapshotRequest) -> Result<v1::Pin, CatalogError>;
+    async fn pin_snapshots(
+        &self,
+        request: v1::PinSnapshotsRequest,
+    ) -> Result<v1::PinSnapshotsResponse, CatalogError>;
     async fn unpin_snapshot(
         &self,
         request: v1::UnpinSnapshotRequest,

@@ -227,3 +227,24 @@ fn snapshots_of_images_show_in_the_mount_and_are_read_only() -> Result<()> {
     assert!(fs::write(cluster.mount().join("images/new"), "x").is_err());
     Ok(())
 }
+
+#[test]
+fn a_snapshot_is_forked_into_many_disks() -> Result<()> {
+    let cluster = with_base(&[])?;
+    let made = cluster.run(&["disk", "fork", "base@1", "agent", "--count", "3"])?;
+    let paths: Vec<&Path> = made.stdout.lines().map(Path::new).collect();
+    let expected = [1, 2, 3].map(|n| cluster.mount().join(format!("disks/agent-{n}.raw")));
+    assert_eq!(paths, expected, "{}", made.stderr);
+    write(paths[1], 0, b"mine")?;
+    assert_eq!(read(paths[0], 0, 4)?, [0; 4]);
+    assert!(read(paths[2], 1 << 20, 600_000)? == noise(1, 600_000));
+    let again = cluster.run(&["disk", "fork", "base", "agent", "--count", "4"])?;
+    assert_eq!(again.code, 4, "{}", again.stderr);
+    let disks = cluster.json(&["disk", "list"])?;
+    assert_eq!(disks.as_array().map(Vec::len), Some(3), "{disks}");
+    let none = cluster.run(&["disk", "fork", "base", "other", "--count", "0"])?;
+    assert_eq!(none.code, 2, "{}", none.stderr);
+    let larger = cluster.json(&["disk", "fork", "base", "x", "--count", "1", "--size", "32M"])?;
+    assert_eq!(larger[0]["size_bytes"], 32 << 20, "{larger}");
+    Ok(())
+}

@@ -209,6 +209,7 @@ fn every_option_of_a_page_is_in_the_help() {
         "image export",
         "image clone",
         "disk attach",
+        "disk fork",
         "disk detach",
         "disk checkpoint",
         "snapshot wait",

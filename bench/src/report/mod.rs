@@ -39,6 +39,8 @@ pub struct Table {
     pub more_is_better: bool,
     /// What is compared; the first one is ours.
     pub subjects: Vec<String>,
+    /// Whether ours is to be told in units of the others'; not where they are parts of one thing.
+    pub compared: bool,
     /// The situations.
     pub rows: Vec<Row>,
 }
@@ -96,8 +98,15 @@ impl Table {
             unit: unit.to_owned(),
             more_is_better,
             subjects: subjects.iter().map(|&name| name.to_owned()).collect(),
+            compared: true,
             rows: Vec::new(),
         }
+    }
+
+    /// The same table without ratios.
+    #[must_use]
+    pub fn of_parts(self) -> Self {
+        Self { compared: false, ..self }
     }
 
     /// Adds a value of the subject in the situation `label`, which is made where it is new.

@@ -28,7 +28,7 @@ fn table_html(table: &Table, out: &mut String) {
     for row in &table.rows {
         let _ = write!(out, "<tr><td>{}</td>", escaped(&row.label));
         for subject in 0..table.subjects.len() {
-            let _ = write!(out, "<td>{}</td>", escaped(&cell(row, subject)));
+            let _ = write!(out, "<td>{}</td>", escaped(&cell(table, row, subject)));
         }
         out.push_str("</tr>");
     }
@@ -49,11 +49,11 @@ fn report_html(report: &Report, out: &mut String) {
     out.push_str("</ul>");
     for (number, table) in report.tables.iter().enumerate() {
         let better = if table.more_is_better { "more" } else { "less" };
+        let ratio = if table.compared { ", and ours in units of theirs" } else { "" };
         let (plot, title) = (escaped(&report.plot_name(number)), escaped(&table.title));
         let _ = write!(
             out,
-            "<h3>{title}</h3><p>{}, {better} is better; median (least–most), and ours in units of \
-             theirs.</p><img src=\"{plot}\" alt=\"{title}\">",
+            "<h3>{title}</h3><p>{}, {better} is better; median (least–most){ratio}.</p><img src=\"{plot}\" alt=\"{title}\">",
             escaped(&table.unit)
         );
         table_html(table, out);

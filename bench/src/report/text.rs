@@ -20,7 +20,7 @@ pub(super) fn short(value: f64) -> String {
 }
 
 /// The median, the ends where there is more than one value, and the ratio.
-pub(super) fn cell(row: &Row, subject: usize) -> String {
+pub(super) fn cell(table: &Table, row: &Row, subject: usize) -> String {
     let Some(Spread { median, least, most, samples }) = row.spread(subject) else {
         return "–".to_owned();
     };
@@ -29,7 +29,9 @@ pub(super) fn cell(row: &Row, subject: usize) -> String {
         _ => format!(" ({}–{})", short(least), short(most)),
     };
     let ratio = match row.ratio(subject) {
-        Some(ratio) if subject > 0 && ratio.is_finite() => format!(" {}×", ratio_text(ratio)),
+        Some(ratio) if table.compared && subject > 0 && ratio.is_finite() => {
+            format!(" {}×", ratio_text(ratio))
+        }
         _ => String::new(),
     };
     format!("{}{ends}{ratio}", short(median))
@@ -54,12 +56,13 @@ impl fmt::Display for Claim {
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let better = if self.more_is_better { "more" } else { "less" };
-        writeln!(f, "{}: {}, {better} is better; N× = ours / theirs", self.title, self.unit)?;
+        let ratio = if self.compared { "; N× = ours / theirs" } else { "" };
+        writeln!(f, "{}: {}, {better} is better{ratio}", self.title, self.unit)?;
         let mut grid = Grid::new();
         grid.load_style(UTF8_HORIZONTAL_ONLY);
         grid.set_header(std::iter::once("").chain(self.subjects.iter().map(String::as_str)));
         for row in &self.rows {
-            let cells = (0..self.subjects.len()).map(|subject| cell(row, subject));
+            let cells = (0..self.subjects.len()).map(|subject| cell(self, row, subject));
             grid.add_row(std::iter::once(row.label.clone()).chain(cells));
         }
         for column in grid.column_iter_mut().skip(1) {

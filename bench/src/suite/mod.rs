@@ -5,8 +5,10 @@ mod after_commit;
 mod checkpoint_strategies;
 mod downtime;
 mod guest_io;
+mod persist;
 mod restart;
 mod scale;
+mod verbs;
 
 use std::path::{Path, PathBuf};
 
@@ -33,6 +35,14 @@ pub enum Benchmark {
     Restart,
     /// Many hosts that commit at once, and a model of thousands
     Scale,
+    /// How fast a COMMIT becomes stable, by content and policy, beside restic, borg and qemu-img
+    Persist,
+    /// Attach, clone, roll back and diff by the size of the image and by what was written
+    Verbs,
+    /// The same, and reads, by the number of snapshots
+    VerbsSnapshots,
+    /// A thousand disks of one snapshot, and an agent's step
+    VerbsFork,
 }
 
 /// Where and how much.
@@ -68,6 +78,10 @@ impl Benchmark {
             Self::AfterCommit => after_commit::run(settings),
             Self::Restart => restart::run(settings),
             Self::Scale => scale::run(settings),
+            Self::Persist => persist::run(settings),
+            Self::Verbs => verbs::run(settings, verbs::Part::Sizes),
+            Self::VerbsSnapshots => verbs::run(settings, verbs::Part::Snapshots),
+            Self::VerbsFork => verbs::run(settings, verbs::Part::Forks),
         }?;
         report.name = self.name();
         report.setup.push(machine());

@@ -12,7 +12,7 @@ use blobcr_tests::roles::{Plan, Roles, Which};
 use rand::RngCore;
 
 use super::Settings;
-use crate::report::{Report, Table};
+use crate::report::{Bound, Report, Table};
 
 const MIB: usize = 1 << 20;
 /// What each disk has changed.
@@ -172,7 +172,8 @@ pub(super) fn run(settings: &Settings) -> Result<Report> {
         "ms",
         false,
         &["mirror", "metadata server", "nodes"],
-    );
+    )
+    .of_parts();
     let mut by_nodes = Table::new("The same for 8 disks, by nodes", "s", false, &["measured"]);
     let mut measured = Vec::new();
     for &mirrors in counts {
@@ -207,6 +208,9 @@ pub(super) fn run(settings: &Settings) -> Result<Report> {
          all processes share this machine's cores.",
         DIRTY / MIB
     ));
+    let largest = format!("{} disks", counts[counts.len() - 1]);
+    let off = took.ratio(&largest, 1).map(|ratio| ratio.max(1.0 / ratio));
+    report.claim("the model and what was measured differ", Bound::AtMost(1.25), off, "×");
     report.tables = vec![took, work, by_nodes, model(&mut report, one, cost)];
     Ok(report)
 }
@@ -217,7 +221,8 @@ fn model(report: &mut Report, one: Duration, cost: Work) -> Table {
          metadata server; servers and nodes have {CORES} cores; the network and the disks are not in it."
     ));
     let subjects = ["until all are stable", "the metadata server alone", "the nodes alone"];
-    let mut table = Table::new("The model, for hosts that are machines", "s", false, &subjects);
+    let mut table =
+        Table::new("The model, for hosts that are machines", "s", false, &subjects).of_parts();
     for hosts in [64, 256, 1000, 4000, 10_000] {
         let seconds = apart(one, cost, f64::from(hosts));
         for (subject, seconds) in seconds.into_iter().enumerate() {

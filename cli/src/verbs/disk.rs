@@ -28,6 +28,9 @@ pub async fn run(command: DiskCommand, session: &Session, output: Output) -> any
         DiskCommand::Attach { source, disk, size } => {
             attach(session, &source, &disk, size, output).await
         }
+        DiskCommand::Fork { source, disk, count, size } => {
+            fork(session, &source, (&disk, count), size, output).await
+        }
         DiskCommand::List => list(session, output).await,
         DiskCommand::Info { disk } => info(session, &disk, output).await,
         DiskCommand::Detach { disk, discard_changes } => {
@@ -54,6 +57,25 @@ async fn attach(
     let answer = mirror.client.attach_disk(within(DEADLINE, request)).await;
     let attached = mirror.answer(answer)?;
     output.data(&DiskView::from(attached), |view| format!("{}\n", view.path))
+}
+
+async fn fork(
+    session: &Session,
+    source: &ImageSpec,
+    (disk, count): (&DiskName, u32),
+    size: Option<u64>,
+    output: Output,
+) -> anyhow::Result<()> {
+    let mut mirror = session.mirror()?;
+    let request = v1::ForkDisksRequest {
+        source: Some(snapshot_ref(source)),
+        disks: (1..=count).map(|number| format!("{disk}-{number}")).collect(),
+        size_bytes: size.unwrap_or_default(),
+    };
+    let answer = mirror.client.fork_disks(within(DEADLINE, request)).await;
+    let disks = mirror.answer(answer)?.disks;
+    let views: Vec<_> = disks.into_iter().map(DiskView::from).collect();
+    output.data(&views, |views| views.iter().map(|view| format!("{}\n", view.path)).collect())
 }
 
 /// The disks of the host whose mirror the endpoint leads to.

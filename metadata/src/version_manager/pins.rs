@@ -7,11 +7,17 @@
 
 use blobcr_proto::v1;
 use blobcr_proto::v1::SnapshotState;
+use futures::future::try_join_all;
 
 use super::{RecordSwap, VersionManager, list_limit, until_won};
 use crate::error::Error;
 use crate::records::{KeyKind, PinRecord, SET_HOLDER_PREFIX, check_holder, prefix_of};
-use crate::store::{Key, Swap};
+use crate::store::{Key, SWAP_KEYS_MAX, Swap};
+
+/// Holders in one call at most: bounds its memory and its time.
+const HOLDERS_MAX: usize = 4096;
+/// The image and the snapshot take part in each swap. The longest pins fit its bytes, too.
+const PINS_IN_A_SWAP: usize = SWAP_KEYS_MAX - 2;
 
 impl VersionManager {
     /// Keeps a stable snapshot and its image until it is unpinned. Nothing happens when the holder
@@ -27,14 +33,53 @@ impl VersionManager {
         let _turn = self.image_turn(id).await;
         let object = format!("snapshot {} of the image with the id {id}", wanted.number);
         let by_id = v1::SnapshotRef { image: Some(super::snapshots::id_ref(id)), ..wanted };
-        until_won!(self, object, self.try_pin(&by_id, &r.holder).await)
+        let holders = [r.holder];
+        let mut pins = until_won!(self, object, self.try_pin(&by_id, &holders).await)?;
+        pins.pop().ok_or_else(|| Error::invalid("a pin without a holder"))
     }
 
-    async fn try_pin(&self, wanted: &v1::SnapshotRef, holder: &str) -> Result<v1::Pin, Error> {
+    /// The same for several holders, in as few swaps as they fit into.
+    ///
+    /// # Errors
+    /// As [`Self::pin_snapshot`]; some holders may then have their pin.
+    pub async fn pin_snapshots(
+        &self,
+        r: v1::PinSnapshotsRequest,
+    ) -> Result<v1::PinSnapshotsResponse, Error> {
+        let wanted = r.snapshot.unwrap_or_default();
+        if wanted.number == 0 || r.holders.is_empty() || r.holders.len() > HOLDERS_MAX {
+            let text = format!("name a snapshot by its number, and 1 to {HOLDERS_MAX} holders");
+            return Err(Error::invalid(text));
+        }
+        r.holders.iter().try_for_each(|holder| check_asked(holder))?;
+        let id = self.image_record(&wanted.image.clone().unwrap_or_default()).await?.value.id;
+        let _turn = self.image_turn(id).await;
+        let by_id = v1::SnapshotRef { image: Some(super::snapshots::id_ref(id)), ..wanted };
+        for holders in r.holders.chunks(PINS_IN_A_SWAP) {
+            let object = format!("snapshot {} of the image with the id {id}", wanted.number);
+            until_won!(self, object, self.try_pin(&by_id, holders).await)?;
+        }
+        Ok(v1::PinSnapshotsResponse {})
+    }
+
+    /// Makes the pins that are missing, in one swap.
+    async fn try_pin(
+        &self,
+        wanted: &v1::SnapshotRef,
+        holders: &[String],
+    ) -> Result<Vec<v1::Pin>, Error> {
         let (image, snapshot) = self.snapshot_record(wanted).await?;
         let (id, number) = (image.value.id, snapshot.value.number);
-        if let Some(pin) = self.load::<PinRecord>(PinRecord::key_of(id, number, holder)).await? {
-            return Ok(pin.value.to_wire());
+        let keys = holders.iter().map(|holder| PinRecord::key_of(id, number, holder));
+        let found = try_join_all(keys.map(|key| self.load::<PinRecord>(key))).await?;
+        let mut missing: Vec<&String> =
+            holders.iter().zip(&found).filter(|(_, pin)| pin.is_none()).map(|(h, _)| h).collect();
+        missing.sort_unstable();
+        missing.dedup();
+        let mut pins: Vec<v1::Pin> =
+            found.into_iter().flatten().map(|pin| pin.value.to_wire()).collect();
+        if missing.is_empty() {
+            return Ok(pins);
         }
         if snapshot.value.state() != SnapshotState::Stable {
             let state = super::snapshots::state_name(&snapshot.value);
@@ -42,16 +87,20 @@ impl VersionManager {
             let problem = format!("is {state}; only a stable snapshot can be pinned");
             return Err(Error::precondition(object, problem));
         }
-        let pin = PinRecord {
-            image_id: id,
-            number,
-            holder: holder.to_owned(),
-            image: image.value.name.clone(),
-            created_unix_ms: self.now(),
-        };
-        let swap = Swap::new().update(&image, &image.value).unchanged(&snapshot).create(&pin);
+        let mut swap = Swap::new().update(&image, &image.value).unchanged(&snapshot);
+        for holder in missing {
+            let pin = PinRecord {
+                image_id: id,
+                number,
+                holder: holder.to_owned(),
+                image: image.value.name.clone(),
+                created_unix_ms: self.now(),
+            };
+            swap = swap.create(&pin);
+            pins.push(pin.to_wire());
+        }
         self.store.swap(swap).await?;
-        Ok(pin.to_wire())
+        Ok(pins)
     }
 
     /// Takes a pin away. Nothing happens when there is none. When it was all that kept the image of a

@@ -113,3 +113,30 @@ async fn a_pin_and_a_removal_at_the_same_time_do_not_both_succeed() {
         assert!(matches!(lost, Kind::Precondition | Kind::NotFound), "{lost:?}");
     }
 }
+
+#[tokio::test]
+async fn many_holders_pin_a_snapshot_in_one_call() {
+    let f = Fixture::new().await;
+    let image = f.image_with("base", "", 2).await;
+    f.pin("base", 1, "d7").await.unwrap();
+    let holders: Vec<String> = (0..150).map(|n| format!("d{n}")).collect();
+    let pin = |snapshot, holders: &[String]| {
+        let r = v1::PinSnapshotsRequest { snapshot: Some(snapshot), holders: holders.to_vec() };
+        f.manager.pin_snapshots(r)
+    };
+    // One of them named twice, one that has its pin already.
+    pin(at("base", 1), &[&holders[..], &holders[..1]].concat()).await.unwrap();
+    pin(at("base", 1), &holders).await.unwrap();
+    let mut pinned: Vec<_> = f.pins("d", 0).await.into_iter().map(|pin| pin.2).collect();
+    pinned.sort_by_key(|holder| holder[1..].parse::<u32>().unwrap());
+    assert_eq!(pinned, holders);
+    for holder in &holders {
+        refused(f.manager.remove_snapshot(at("base", 1)).await, Kind::Precondition, &["pinned"]);
+        f.unpin(image.id, 1, holder).await;
+    }
+    f.manager.remove_snapshot(at("base", 1)).await.unwrap();
+    refused(pin(at("base", 1), &holders).await, Kind::Precondition, &["base@1", "obsolete"]);
+    refused(pin(at("base", 0), &holders).await, Kind::Invalid, &["number"]);
+    refused(pin(at("base", 2), &[]).await, Kind::Invalid, &["holders"]);
+    refused(pin(at("base", 2), &[String::new()]).await, Kind::Invalid, &["holder"]);
+}

@@ -145,15 +145,6 @@ impl Files {
         file.set_len(len).map_err(|error| self.error(which, "size", error))
     }
 
-    /// Writes a small file so that it is there whole or not at all, whatever happens.
-    pub(super) fn replace(&self, which: Which, path: &Path, bytes: &[u8]) -> Result<(), DiskError> {
-        let temporary = path.with_extension("tmp");
-        let file = self.create(which, &temporary)?;
-        self.write_all_at(which, &file, bytes, 0)?;
-        self.sync_data(which, &file)?;
-        self.rename(which, &temporary, path)
-    }
-
     /// Renames a synced file over another, durably.
     pub(super) fn rename(&self, which: Which, from: &Path, to: &Path) -> Result<(), DiskError> {
         std::fs::rename(from, to).map_err(|error| self.error(which, "rename", error))?;

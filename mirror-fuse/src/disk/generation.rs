@@ -128,6 +128,13 @@ impl Common {
 
     /// Makes the empty files of a generation, durably.
     pub(super) fn create_files(&self, number: u64, facts: &Facts) -> Result<Parts, DiskError> {
+        let parts = self.write_files(number, facts)?;
+        self.sync_files(number, &parts)?;
+        Ok(parts)
+    }
+
+    /// Makes the empty files of a generation; see [`Self::sync_files`].
+    pub(super) fn write_files(&self, number: u64, facts: &Facts) -> Result<Parts, DiskError> {
         let dir = generation_dir(&self.dir, number);
         let failed = |action| move |error| self.files.error(Which::Directory, action, error);
         if dir.exists() {
@@ -141,11 +148,16 @@ impl Common {
         map.write_facts(facts);
         let words = map.presence_words();
         let journal = Journal::create(&self.files, &dir.join(JOURNAL), words, &identity)?;
-        delta.sync()?;
-        map.sync()?;
-        self.files.sync_directory(&dir)?;
-        self.files.sync_directory(&self.dir)?;
         Ok(Parts { delta, map, journal })
+    }
+
+    /// Makes the files of a generation durable. Not what the map holds: after a host crash it is made
+    /// anew from the journal, whatever it holds.
+    pub(super) fn sync_files(&self, number: u64, parts: &Parts) -> Result<(), DiskError> {
+        parts.journal.sync()?;
+        parts.delta.sync()?;
+        self.files.sync_directory(&generation_dir(&self.dir, number))?;
+        self.files.sync_directory(&self.dir)
     }
 
     /// Deletes the directories of all generations but one: left by a rollback.

@@ -109,7 +109,7 @@ fn decode_batch(bytes: &[u8], words: usize) -> Option<(u64, &[u8], usize)> {
 }
 
 impl Journal {
-    /// Makes an empty journal, durable but for its name.
+    /// Makes an empty journal, durable after [`Self::sync`] but for its name.
     pub(super) fn create(
         files: &Arc<Files>,
         path: &Path,
@@ -120,7 +120,6 @@ impl Journal {
         let mut head = frame::encode(KIND, identity);
         head.resize(HEAD_BYTES as usize, 0);
         files.write_all_at(Which::Journal, &file, &head, 0)?;
-        files.sync_data(Which::Journal, &file)?;
         Ok(Self {
             files: Arc::clone(files),
             path: path.to_owned(),
@@ -131,6 +130,10 @@ impl Journal {
             end: HEAD_BYTES,
             compact_end: HEAD_BYTES,
         })
+    }
+
+    pub(super) fn sync(&self) -> Result<(), DiskError> {
+        self.files.sync_data(Which::Journal, &self.file)
     }
 
     /// Opens a journal, shows every entry, and cuts off a batch that was never acknowledged.
@@ -395,6 +398,7 @@ mod tests {
         let path = dir.path().join("journal");
         let dying = Files::new("d".into(), Arc::new(DiesInSync::default()));
         let mut journal = Journal::create(&dying, &path, 1, &identity()).unwrap();
+        journal.sync().unwrap();
         let many = 3 * BATCH_ENTRIES_MAX as u64;
         assert!(journal.append((0..many).map(|chunk| entry(chunk, 1))).is_err());
         // The last pages made it to the disk, the first one did not.

@@ -119,7 +119,7 @@ impl Map {
     ) -> Result<Self, DiskError> {
         let file = files.create(Which::Map, path)?;
         files.set_len(Which::Map, &file, file_len(shape))?;
-        files.allocate(Which::Map, &file, 0, EXTENT as u64)?;
+        files.allocate(Which::Map, &file, 0, RECORDS_AT as u64)?;
         files.write_all_at(Which::Map, &file, &frame::encode(KIND, identity), 0)?;
         Self::mapped(files, file, shape)
     }
@@ -136,7 +136,7 @@ impl Map {
             let detail = format!("it has {len} bytes instead of {}", file_len(shape));
             return Err(files.damaged(Which::Map, detail));
         }
-        files.allocate(Which::Map, &file, 0, EXTENT as u64)?;
+        files.allocate(Which::Map, &file, 0, RECORDS_AT as u64)?;
         let map = Self::mapped(files, file, shape)?;
         let head: Identity = frame::decode(KIND, &map.copy_page(0))
             .map_err(|detail| files.damaged(Which::Map, detail))?;
@@ -153,7 +153,6 @@ impl Map {
         let extents = memory.len() / EXTENT;
         let reserved: Box<[AtomicU64]> =
             (0..extents.div_ceil(BITS)).map(|_| AtomicU64::new(0)).collect();
-        reserved[0].store(1, Ordering::Release);
         let record_words = record_words(shape);
         Ok(Self { files: Arc::clone(files), file, memory, shape, record_words, reserved })
     }

@@ -10,7 +10,7 @@
 //! | `strategy` | what else a snapshot could be kept by, for comparison |
 //! | `persister`, `capture` | making snapshots durable in the background |
 //! | `map`, `facts`, `delta`, `journal`, `state_file`, `record`, `frame` | the files |
-//! | `recovery`, `rollback`, `generation` | opening after whatever happened; going back |
+//! | `create`, `recovery`, `rollback`, `generation` | making; opening after whatever happened; going back |
 //! | `io`, `files` | every change to a file, where tests inject faults |
 //!
 //! # Files of a disk
@@ -38,6 +38,7 @@ mod base_view;
 mod budget;
 mod capture;
 mod commit;
+mod create;
 mod delta;
 mod epochs;
 mod error;
@@ -83,6 +84,7 @@ use bytes::Bytes;
 use tokio::task::JoinHandle;
 
 pub use budget::{Budget, Budgets};
+pub use create::Plan;
 pub use error::{BaseError, DiskError, UpstreamError};
 pub use io::{FileIo, HostFiles, Which};
 pub use read::{ColdRead, QuickRead};
@@ -188,7 +190,16 @@ impl Disk {
     /// # Errors
     /// When there is a disk already, the specification makes no sense, or the host fails.
     pub fn create(dir: &Path, spec: DiskSpec, deps: DiskDeps) -> Result<Arc<Self>, DiskError> {
-        recovery::create(dir, spec, deps).map(Self::start)
+        let made = Self::create_all(&[Plan { dir: dir.to_owned(), spec, deps }])?;
+        Ok(made.into_iter().next().expect("as many as were planned"))
+    }
+
+    /// Makes several disks, for less than each of them alone would cost: all of them, or none.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub fn create_all(plans: &[Plan]) -> Result<Vec<Arc<Self>>, DiskError> {
+        Ok(create::create(plans)?.into_iter().map(Self::start).collect())
     }
 
     /// Opens the disk in `dir`: after a clean stop, after the daemon was killed, or after the host

@@ -1,4 +1,4 @@
-//! Making and opening a disk: after a clean stop, after the daemon was killed, after a host crash.
+//! Opening a disk: after a clean stop, after the daemon was killed, after a host crash.
 //!
 //! | what happened | how it is known | what is believed |
 //! |---|---|---|
@@ -23,9 +23,7 @@ use super::delta::Delta;
 use super::epochs::List;
 use super::facts::Facts;
 use super::files::Files;
-use super::generation::{
-    Common, Contents, DELTA, Generation, JOURNAL, MAP, Parts, generation_dir, private_directory,
-};
+use super::generation::{Common, Contents, DELTA, Generation, JOURNAL, MAP, Parts, generation_dir};
 use super::io::Which;
 use super::journal::Journal;
 use super::map::{Map, Mark};
@@ -33,12 +31,12 @@ use super::record;
 use super::shape::Shape;
 use super::shared::{NUMBERS_RESERVED, Start};
 use super::state_file::{Durable, StateFile};
-use super::{DiskDeps, DiskError, DiskSpec};
+use super::{DiskDeps, DiskError};
 
-const RECORD: &str = "record";
-const STATE: &str = "state";
+pub(super) const RECORD: &str = "record";
+pub(super) const STATE: &str = "state";
 /// A generation number to begin with.
-const FIRST_GENERATION: u64 = 1;
+pub(super) const FIRST_GENERATION: u64 = 1;
 /// The first epoch: a chunk that was never changed has the mark 0.
 const FIRST_EPOCH: u64 = 1;
 
@@ -51,46 +49,6 @@ pub(super) fn fresh_facts(boot_id: &str) -> Facts {
         first: FIRST_EPOCH,
         ..Facts::default()
     }
-}
-
-/// Makes a disk. Its record is written last: before that, there is none.
-pub(super) fn create(dir: &Path, spec: DiskSpec, deps: DiskDeps) -> Result<Start, DiskError> {
-    Shape::of(&spec)?;
-    let files = Files::new(spec.name.to_string(), Arc::clone(&deps.io));
-    if dir.join(RECORD).exists() {
-        return Err(DiskError::Exists(dir.display().to_string()));
-    }
-    let failed = |error| files.error(Which::Directory, "create", error);
-    if dir.exists() {
-        // Left by a making that was interrupted.
-        std::fs::remove_dir_all(dir).map_err(failed)?;
-    }
-    if let Some(parent) = dir.parent() {
-        std::fs::create_dir_all(parent).map_err(failed)?;
-    }
-    private_directory(dir).map_err(failed)?;
-    let facts = fresh_facts(&deps.boot_id);
-    let common = Common::new(dir, &spec, Arc::clone(&files), deps)?;
-    let parts = common.create_files(FIRST_GENERATION, &facts)?;
-    let durable = Durable {
-        generation: FIRST_GENERATION,
-        source: spec.source.clone(),
-        checkpoint: None,
-        reserved_until: 0,
-        last_stable: 0,
-        clean: false,
-    };
-    let state = StateFile::create(&files, &dir.join(STATE), durable)?;
-    let source = spec.source.clone();
-    let contents = Contents::default();
-    let generation =
-        Generation::new(common.clone(), FIRST_GENERATION, source, parts, facts, contents)?;
-    files.replace(Which::Record, &dir.join(RECORD), &record::encode(&spec))?;
-    if let Some(parent) = dir.parent() {
-        files.sync_directory(parent)?;
-    }
-    let lock_file = record::lock(&files, &dir.join(RECORD))?;
-    Ok(Start { spec, common, state, generation, lock_file })
 }
 
 /// Opens a disk.

@@ -78,7 +78,7 @@ pub(super) struct StateFile {
 }
 
 impl StateFile {
-    /// Makes the file with its first facts, durably.
+    /// Makes the file with its first facts, durable after [`Self::sync`] but for its name.
     pub(super) fn create(
         files: &Arc<Files>,
         path: &Path,
@@ -87,10 +87,14 @@ impl StateFile {
         let file = files.create(Which::State, path)?;
         files.allocate(Which::State, &file, 0, SLOTS * SLOT_BYTES as u64)?;
         files.set_len(Which::State, &file, SLOTS * SLOT_BYTES as u64)?;
-        let state =
-            Self { files: Arc::clone(files), file, current: Mutex::new((0, facts.clone())) };
-        state.update(|current| *current = facts)?;
+        let (files, seq) = (Arc::clone(files), 1);
+        let state = Self { files, file, current: Mutex::new((seq, facts.clone())) };
+        state.write(seq, &facts)?;
         Ok(state)
+    }
+
+    pub(super) fn sync(&self) -> Result<(), DiskError> {
+        self.files.sync_data(Which::State, &self.file)
     }
 
     pub(super) fn open(files: &Arc<Files>, path: &Path) -> Result<Self, DiskError> {
@@ -127,14 +131,18 @@ impl StateFile {
         let seq = current.0 + 1;
         let mut facts = current.1.clone();
         change(&mut facts);
-        let mut bytes = encode(seq, &facts);
+        self.write(seq, &facts)?;
+        self.sync()?;
+        *current = (seq, facts);
+        Ok(())
+    }
+
+    fn write(&self, seq: u64, facts: &Durable) -> Result<(), DiskError> {
+        let mut bytes = encode(seq, facts);
         assert!(bytes.len() <= SLOT_BYTES, "names and roots are bounded: the facts fit a page");
         bytes.resize(SLOT_BYTES, 0);
         let offset = seq % SLOTS * SLOT_BYTES as u64;
-        self.files.write_all_at(Which::State, &self.file, &bytes, offset)?;
-        self.files.sync_data(Which::State, &self.file)?;
-        *current = (seq, facts);
-        Ok(())
+        self.files.write_all_at(Which::State, &self.file, &bytes, offset)
     }
 }
 

@@ -1,25 +1,19 @@
 //! What is done with the disks of a mirror.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use blobcr_proto::units::IMAGE_SIZE_MAX;
-use blobcr_proto::{DiskName, v1};
+use blobcr_proto::v1;
 use tokio::task::spawn_blocking;
+use tokio::time::{Instant, timeout_at};
 
 use super::{Host, HostError, lock};
-use crate::disk::{Committed, Disk, DiskSpec, Source};
+use crate::disk::{Committed, Disk};
 use crate::inode;
-use crate::registry::{Closed, Entry, Served, Taken};
+use crate::registry::{Closed, Entry, Served};
 
 /// How long a disk that is in use may take to be closed, before a caller is refused.
 const LAST_CLOSE_WAIT: Duration = Duration::from_millis(500);
-const LAST_CLOSE_POLL: Duration = Duration::from_millis(5);
-
-fn unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
 
 impl Host {
     fn served(&self, name: &str) -> Result<Arc<Served>, HostError> {
@@ -37,91 +31,13 @@ impl Host {
         file.to_string_lossy().into_owned()
     }
 
-    fn describe(&self, served: &Served) -> v1::Disk {
+    pub(super) fn describe(&self, served: &Served) -> v1::Disk {
         let mut disk = served.disk.status();
         disk.path = self.disk_path(&disk.name);
         if disk.stalled.is_empty() {
             disk.stalled = served.bases.stalled().unwrap_or_default();
         }
         disk
-    }
-
-    /// Makes a writable disk of a snapshot, and its file in the mount. Costs the same for every
-    /// size: nothing is fetched.
-    ///
-    /// # Errors
-    /// When the name is bad or taken, the snapshot is not there or not stable, or the size is less
-    /// than the snapshot's.
-    pub async fn attach(&self, request: v1::AttachDiskRequest) -> Result<v1::Disk, HostError> {
-        self.check_running()?;
-        let name = DiskName::new(request.disk)?;
-        let place = self.0.disks.reserve(&name).map_err(|taken| match taken {
-            Taken::Name => HostError::Exists(name.to_string()),
-            Taken::Inode => HostError::Invalid(format!("choose another name than {name}")),
-        })?;
-        let wanted = request.source.ok_or_else(|| {
-            HostError::Invalid("an attach request must name a snapshot".to_owned())
-        })?;
-        let (image, snapshot) = self.0.repository.snapshot(wanted).await?;
-        let spec = self.spec(&name, &image, &snapshot, request.size_bytes)?;
-        self.pin(&name, (image.id, snapshot.number)).await?;
-        let dir = self.disk_dir(name.as_str());
-        let (bases, deps) = self.deps();
-        let created = spawn_blocking(move || Disk::create(&dir, spec, deps)).await?;
-        let disk = match created {
-            Ok(disk) => disk,
-            Err(error) => {
-                self.unpin(&name, &[(image.id, snapshot.number)]).await;
-                return Err(error.into());
-            }
-        };
-        let served = self.serve(disk, bases);
-        place.serve(Arc::clone(&served));
-        tracing::info!(disk = %name, image = image.name, snapshot = snapshot.number, "attached");
-        Ok(self.describe(&served))
-    }
-
-    fn spec(
-        &self,
-        name: &DiskName,
-        image: &v1::Image,
-        snapshot: &v1::Snapshot,
-        size_bytes: u64,
-    ) -> Result<DiskSpec, HostError> {
-        let label = format!("{}@{}", image.name, snapshot.number);
-        if snapshot.state() != v1::SnapshotState::Stable {
-            let state = snapshot.state().as_str_name().to_lowercase();
-            let state = state.trim_start_matches("snapshot_state_");
-            return Err(HostError::Precondition(format!(
-                "snapshot {label} is {state}; only a stable one can be attached \
-                 (`blobcr snapshot list {}` shows them)",
-                image.name
-            )));
-        }
-        let root = snapshot.root.clone().ok_or_else(|| {
-            HostError::Precondition(format!("snapshot {label} has no tree; verify it"))
-        })?;
-        let size_bytes = if size_bytes == 0 { root.size_bytes } else { size_bytes };
-        if !(root.size_bytes..=IMAGE_SIZE_MAX).contains(&size_bytes) {
-            return Err(HostError::Invalid(format!(
-                "a disk of {label} has {} to {IMAGE_SIZE_MAX} bytes; {size_bytes} were asked for",
-                root.size_bytes
-            )));
-        }
-        Ok(DiskSpec {
-            name: name.clone(),
-            uid: rand::random(),
-            source: Source {
-                image: image.name.clone(),
-                image_id: image.id,
-                number: snapshot.number,
-                pool: image.pool,
-                root,
-            },
-            size_bytes,
-            writer: self.0.writer.clone(),
-            created_unix_ms: unix_ms(),
-        })
     }
 
     /// Removes a disk and what is kept of it on this host. Its snapshots stay in the repository.
@@ -185,10 +101,13 @@ impl Host {
     async fn close(&self, served: &Arc<Served>) -> Result<Closed, HostError> {
         let until = Instant::now() + LAST_CLOSE_WAIT;
         loop {
-            match served.close() {
+            let released = served.released();
+            let open = match served.close() {
                 Ok(closed) => return Ok(closed),
-                Err(_) if Instant::now() < until => tokio::time::sleep(LAST_CLOSE_POLL).await,
-                Err(open) => return Err(self.in_use(served.disk.name(), open)),
+                Err(open) => open,
+            };
+            if timeout_at(until, released).await.is_err() {
+                return Err(self.in_use(served.disk.name(), open));
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The mirror of one host: its disks, its cache, its mount.
 
+mod attach;
 mod disks;
 mod error;
 mod options;
@@ -164,7 +165,7 @@ impl Host {
         let (bases, deps) = self.deps();
         match Disk::open(&dir, deps) {
             Ok(disk) => match self.0.disks.reserve(name) {
-                Ok(place) => place.serve(self.serve(disk, bases)),
+                Ok(place) => self.0.disks.serve([(place, self.serve(disk, bases))]),
                 Err(taken) => tracing::error!(%name, ?taken, "two disks of one name or number"),
             },
             Err(DiskError::Absent(_)) => {

@@ -11,7 +11,7 @@ use blobcr_proto::{DiskName, v1};
 use blobcr_repository::CatalogError;
 use tokio::sync::watch;
 
-use super::{Host, HostError, Inner};
+use super::{Host, Inner};
 use crate::disk::pin_holder;
 use crate::registry::Entry;
 
@@ -21,15 +21,33 @@ const RETRY: Duration = Duration::from_secs(10);
 /// A snapshot by image and number.
 type Pinned = (u64, u64);
 
+fn named((image_id, number): Pinned) -> v1::SnapshotRef {
+    let image = v1::ImageRef { id: image_id, name: String::new() };
+    v1::SnapshotRef { image: Some(image), number }
+}
+
 impl Host {
-    pub(super) async fn pin(&self, disk: &DiskName, snapshot: Pinned) -> Result<(), HostError> {
-        Ok(self.make_pin(disk.as_str(), snapshot).await?)
+    /// A pin of the snapshot for each of the disks.
+    pub(super) async fn pin(
+        &self,
+        disks: &[DiskName],
+        snapshot: Pinned,
+    ) -> Result<(), CatalogError> {
+        if let [disk] = disks {
+            return self.make_pin(disk.as_str(), snapshot).await;
+        }
+        let holder = |disk: &DiskName| pin_holder(&self.0.writer, disk.as_str());
+        let request = v1::PinSnapshotsRequest {
+            snapshot: Some(named(snapshot)),
+            holders: disks.iter().map(holder).collect(),
+        };
+        self.0.repository.catalog().pin_snapshots(request).await?;
+        Ok(())
     }
 
-    async fn make_pin(&self, disk: &str, (image_id, number): Pinned) -> Result<(), CatalogError> {
-        let image = v1::ImageRef { id: image_id, name: String::new() };
+    async fn make_pin(&self, disk: &str, snapshot: Pinned) -> Result<(), CatalogError> {
         let request = v1::PinSnapshotRequest {
-            snapshot: Some(v1::SnapshotRef { image: Some(image), number }),
+            snapshot: Some(named(snapshot)),
             holder: pin_holder(&self.0.writer, disk),
         };
         self.0.repository.catalog().pin_snapshot(request).await.map(|_| ())
@@ -46,6 +64,17 @@ impl Host {
         for snapshot in snapshots {
             if let Err(error) = self.take_pin(disk.as_str(), *snapshot).await {
                 tracing::warn!(%disk, %error, "a pin stays until the mirror is started again");
+            }
+        }
+    }
+
+    /// Takes the pins of disks that were not made after all away. Where one stays, so do those behind
+    /// it: the repository is away, and the mirror's next start takes them.
+    pub(super) async fn unpin_unmade(&self, disks: &[DiskName], snapshot: Pinned) {
+        for disk in disks {
+            if let Err(error) = self.take_pin(disk.as_str(), snapshot).await {
+                tracing::warn!(%disk, %error, "pins stay until the mirror is started again");
+                return;
             }
         }
     }

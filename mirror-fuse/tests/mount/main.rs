@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod disks;
 #[cfg(test)]
+mod forks;
+#[cfg(test)]
 mod full;
 #[cfg(test)]
 mod hosts;

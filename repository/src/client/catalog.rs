@@ -234,6 +234,7 @@ catalog_of! {
     list_snapshots(v1::ListSnapshotsRequest) -> v1::ListSnapshotsResponse, Safe;
     remove_snapshot(v1::SnapshotRef) -> v1::Snapshot, Safe;
     pin_snapshot(v1::PinSnapshotRequest) -> v1::Pin, Safe;
+    pin_snapshots(v1::PinSnapshotsRequest) -> v1::PinSnapshotsResponse, Safe;
     unpin_snapshot(v1::UnpinSnapshotRequest) -> v1::UnpinSnapshotResponse, Safe;
     list_pins(v1::ListPinsRequest) -> v1::ListPinsResponse, Safe;
     acquire_lease(v1::AcquireLeaseRequest) -> v1::Lease, Unsafe;

@@ -241,6 +241,7 @@ metadata_of! {
     wait_snapshot(WaitSnapshotRequest) -> Snapshot;
     remove_snapshot(SnapshotRef) -> Snapshot;
     pin_snapshot(PinSnapshotRequest) -> Pin;
+    pin_snapshots(PinSnapshotsRequest) -> PinSnapshotsResponse;
     unpin_snapshot(UnpinSnapshotRequest) -> UnpinSnapshotResponse;
     list_pins(ListPinsRequest) -> ListPinsResponse;
     acquire_lease(AcquireLeaseRequest) -> Lease;

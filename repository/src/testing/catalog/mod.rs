@@ -171,6 +171,7 @@ catalog_of! {
         |s, r| s.images.list_snapshots(&r);
     remove_snapshot(SnapshotRef) -> Snapshot: |s, r| s.images.remove_snapshot(&r, s.leases.newest());
     pin_snapshot(PinSnapshotRequest) -> Pin: |s, r| s.images.pin(r);
+    pin_snapshots(PinSnapshotsRequest) -> PinSnapshotsResponse: |s, r| s.images.pin_all(&r);
     unpin_snapshot(UnpinSnapshotRequest) -> UnpinSnapshotResponse: |s, r| Ok(s.images.unpin(&r));
     list_pins(ListPinsRequest) -> ListPinsResponse: |s, r| Ok(s.images.list_pins(&r));
     acquire_lease(AcquireLeaseRequest) -> Lease: |s, r| s.leases.acquire(&r);

@@ -22,6 +22,16 @@ impl Images {
         Ok(self.pins.entry(key).or_insert(pin).clone())
     }
 
+    pub(super) fn pin_all(
+        &mut self,
+        r: &v1::PinSnapshotsRequest,
+    ) -> Answer<v1::PinSnapshotsResponse> {
+        for holder in r.holders.clone() {
+            self.pin(v1::PinSnapshotRequest { snapshot: r.snapshot.clone(), holder })?;
+        }
+        Ok(v1::PinSnapshotsResponse {})
+    }
+
     /// Pins what a set names: it may be pending still, or not have begun.
     pub(super) fn pin_member(&mut self, image_id: u64, member: &v1::SetMember, holder: &str) {
         let pin = v1::Pin {
