@@ -346,11 +346,8 @@ mod tests {
 
     #[test]
     fn a_host_that_is_cut_off_is_silent_and_seen_by_nobody_else() -> Result<()> {
-        let interfaces = || std::fs::read_to_string("/proc/thread-self/net/dev");
-        let names = |text: String| {
-            text.lines().filter_map(|l| Some(l.split_once(':')?.0.to_owned())).collect::<Vec<_>>()
-        };
-        let before = names(interfaces()?);
+        // Others may come and go there.
+        let ours = |name: &str| name == "bridge" || name.starts_with("host");
         let mut network = Network::isolated()?;
         let (a, b) = (network.host()?, network.host()?);
         exchange(&a, &b, PATIENCE)?;
@@ -360,7 +357,9 @@ mod tests {
         assert_eq!(kind, Some(std::io::ErrorKind::TimedOut), "{silent:#}");
         network.join(&b)?;
         exchange(&a, &b, PATIENCE)?;
-        assert_eq!(names(interfaces()?), before, "the host's own network is as it was");
+        let interfaces = std::fs::read_to_string("/proc/thread-self/net/dev")?;
+        let mut names = interfaces.lines().filter_map(|line| Some(line.split_once(':')?.0.trim()));
+        assert!(!names.any(ours), "they are seen in the host's own network: {interfaces}");
         Ok(())
     }
 }
