@@ -40,9 +40,15 @@ pub struct Table {
     /// What is compared; the first one is ours.
     pub subjects: Vec<String>,
     /// Whether ours is to be told in units of the others'; not where they are parts of one thing.
+    #[serde(default = "compared")]
     pub compared: bool,
     /// The situations.
     pub rows: Vec<Row>,
+}
+
+/// In reports that were kept before there was a choice.
+const fn compared() -> bool {
+    true
 }
 
 /// One situation.
