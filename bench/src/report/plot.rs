@@ -110,6 +110,7 @@ fn draw_on(
         mesh.x_labels(0);
     }
     mesh.draw()?;
+    let xs_are_places = xs.is_some();
     match xs {
         Some(_) => lines(&mut chart, table, x, y)?,
         None => {
@@ -121,7 +122,12 @@ fn draw_on(
         .configure_series_labels()
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.2))
-        .position(SeriesLabelPosition::UpperRight)
+        // Lines mostly grow.
+        .position(if xs_are_places {
+            SeriesLabelPosition::UpperLeft
+        } else {
+            SeriesLabelPosition::UpperRight
+        })
         .draw()?;
     Ok(area.present()?)
 }

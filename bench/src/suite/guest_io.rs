@@ -24,7 +24,7 @@ const RAW: usize = 1;
 const QSD_RAW: usize = 2;
 const QSD_QCOW2: usize = 3;
 /// On a disk just made over an image: qcow2 has to copy clusters, we mark sectors.
-const FRESH: &str = "4K randwrite QD32, fresh over an image";
+const FRESH: &str = "4K randwrite QD32, fresh";
 const SYNCED: &str = "4K randwrite + fdatasync";
 
 /// Where the files are.
@@ -201,7 +201,8 @@ pub(super) fn run(settings: &Settings, place: Place) -> anyhow::Result<Report> {
     }
     let mut report = Report::new("", title);
     report.setup.push(format!(
-        "fio, io_uring, O_DIRECT, {} MiB of random bytes, {how}; {} rounds by turns.",
+        "fio, io_uring, O_DIRECT, {} MiB of random bytes, {how}; {} rounds by turns. Fresh: on a disk just \
+         made over an image, and on an empty raw file.",
         subjects.size / MIB,
         settings.rounds
     ));
