@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use arc_swap::ArcSwapOption;
 use blobcr_proto::Hash;
@@ -35,17 +35,37 @@ struct Run {
     used: AtomicBool,
 }
 
+/// Runs whose places are made together, when the first of them is known: a snapshot of terabytes is
+/// opened and closed as quickly as a small one.
+const SEGMENT_RUNS: usize = 512;
+
+type Segment = Box<[ArcSwapOption<Run>]>;
+
 /// The runs of one snapshot. Looking a chunk up takes no lock.
 #[derive(Debug)]
-pub(super) struct Leaves(Box<[ArcSwapOption<Run>]>);
+pub(super) struct Leaves(Box<[OnceLock<Segment>]>);
 
 impl Leaves {
     pub(super) fn new(chunks: u64) -> Self {
-        Self((0..chunks.div_ceil(RUN_CHUNKS)).map(|_| ArcSwapOption::empty()).collect())
+        let segments = chunks.div_ceil(RUN_CHUNKS * SEGMENT_RUNS as u64);
+        Self((0..segments).map(|_| OnceLock::new()).collect())
+    }
+
+    /// Where a run is kept, once one near it was.
+    fn known_place(&self, run: u64) -> Option<&ArcSwapOption<Run>> {
+        let run = run as usize;
+        Some(&self.0[run / SEGMENT_RUNS].get()?[run % SEGMENT_RUNS])
+    }
+
+    fn place(&self, run: u64) -> &ArcSwapOption<Run> {
+        let run = run as usize;
+        let make = || (0..SEGMENT_RUNS).map(|_| ArcSwapOption::empty()).collect();
+        &self.0[run / SEGMENT_RUNS].get_or_init(make)[run % SEGMENT_RUNS]
     }
 
     pub(super) fn get(&self, chunk: u64) -> Leaf {
-        let run = self.0[(chunk / RUN_CHUNKS) as usize].load();
+        let Some(place) = self.known_place(chunk / RUN_CHUNKS) else { return Leaf::Unknown };
+        let run = place.load();
         let Some(run) = &*run else { return Leaf::Unknown };
         if !run.used.load(Ordering::Relaxed) {
             run.used.store(true, Ordering::Relaxed);
@@ -54,13 +74,16 @@ impl Leaves {
     }
 
     fn forget(&self, run: u64) {
-        self.0[run as usize].store(None);
+        if let Some(place) = self.known_place(run) {
+            place.store(None);
+        }
     }
 
     /// Whether the run was looked at since this was last asked.
     fn was_used(&self, run: u64) -> bool {
-        let run = self.0[run as usize].load();
-        run.as_ref().is_some_and(|run| run.used.swap(false, Ordering::Relaxed))
+        self.known_place(run).is_some_and(|place| {
+            place.load().as_ref().is_some_and(|run| run.used.swap(false, Ordering::Relaxed))
+        })
     }
 }
 
@@ -85,7 +108,7 @@ impl LeafBudget {
     pub(super) fn keep(&self, leaves: &Arc<Leaves>, run: u64, ids: &[Option<Hash>]) {
         let holes = ids.iter().all(Option::is_none);
         let ids = if holes { Box::default() } else { ids.into() };
-        let place = &leaves.0[run as usize];
+        let place = leaves.place(run);
         let fresh = Arc::new(Run { ids, used: AtomicBool::new(false) });
         if place.swap(Some(fresh)).is_some() || holes {
             return;
@@ -133,7 +156,7 @@ mod tests {
         let run_bytes = RUN_CHUNKS * size_of::<Option<Hash>>() as u64;
         let budget = LeafBudget::new(4 * run_bytes);
         let leaves = Arc::new(Leaves::new(100 * RUN_CHUNKS));
-        let known = || (0..100).filter(|run| leaves.0[*run].load().is_some()).count();
+        let known = || (0..100).filter(|run| leaves.place(*run).load().is_some()).count();
         budget.keep(&leaves, 0, &ids(0));
         for run in 1..100 {
             assert_ne!(leaves.get(0), Leaf::Unknown, "in use before run {run}");
