@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, ensure};
+use blobcr_tests::disk_file::allocated_below;
 
 /// Contiguous pieces that a file consists of there, as `filefrag` counts them (Debian: e2fsprogs).
 ///
@@ -29,13 +30,8 @@ fn counted(printed: &str) -> anyhow::Result<u64> {
 /// When a directory cannot be listed.
 pub fn stored_bytes(path: &Path) -> anyhow::Result<u64> {
     let Ok(found) = path.symlink_metadata() else { return Ok(0) };
-    let mut bytes = found.blocks() * 512;
-    if found.is_dir() {
-        for entry in std::fs::read_dir(path)? {
-            bytes += stored_bytes(&entry?.path())?;
-        }
-    }
-    Ok(bytes)
+    let below = if found.is_dir() { allocated_below(path)? } else { 0 };
+    Ok(found.blocks() * 512 + below)
 }
 
 #[cfg(test)]

@@ -11,6 +11,8 @@ pub mod fio;
 pub mod fio_log;
 pub mod latency;
 pub mod peers;
+pub mod processor_time;
+pub mod random_bytes;
 pub mod report;
 pub mod spread;
 pub mod suite;

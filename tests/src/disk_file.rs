@@ -59,6 +59,23 @@ pub fn allocated(path: &Path) -> anyhow::Result<u64> {
     Ok(fs::metadata(path)?.blocks() * 512)
 }
 
+/// What the files and directories below a directory take of their disk, in bytes.
+///
+/// # Errors
+/// When one cannot be looked at.
+pub fn allocated_below(dir: &Path) -> anyhow::Result<u64> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let found = entry.metadata()?;
+        bytes += found.blocks() * 512;
+        if found.is_dir() {
+            bytes += allocated_below(&entry.path())?;
+        }
+    }
+    Ok(bytes)
+}
+
 /// Asserts that two files hold the same bytes. Reads both whole.
 ///
 /// # Errors

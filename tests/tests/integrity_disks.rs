@@ -1,7 +1,7 @@
 //! Many disks at once: forks of one snapshot, and disks that commit behind one barrier.
 
 use std::fs;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use blobcr_guest::{Ask, Client, Deadline, Target};
 use blobcr_tests::cluster::Cluster;
-use blobcr_tests::disk_file::{noise, sparse};
+use blobcr_tests::disk_file::{allocated_below, noise, sparse};
 use blobcr_tests::mounted::MountedDisk;
 use blobcr_tests::roles::{Outage, Plan, Roles, Which};
 use rustix::process::Signal;
@@ -17,20 +17,6 @@ use rustix::process::Signal;
 const FORKS: u64 = 50;
 const CHUNK: u64 = 256 << 10;
 const BASE: u64 = 8 << 20;
-
-/// What the files below `dir` take of their disk, in bytes.
-fn allocated_below(dir: &Path) -> Result<u64> {
-    let mut bytes = 0;
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        let found = entry.metadata()?;
-        bytes += found.blocks() * 512;
-        if found.is_dir() {
-            bytes += allocated_below(&entry.path())?;
-        }
-    }
-    Ok(bytes)
-}
 
 /// Where fork `number` writes: within a chunk, across the border of two, at the end.
 fn own_writes(number: u64) -> [(u64, Vec<u8>); 3] {

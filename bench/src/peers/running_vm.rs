@@ -3,19 +3,17 @@
 //! and processors into the qcow2 file.
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use blobcr_tests::disk_file::allocated;
 use blobcr_tests::qmp::Qmp;
-use rand::RngCore;
 use serde_json::{Value, json};
 
 use super::storage_daemon::{connect, qemu_img};
-
-const MIB: u64 = 1 << 20;
+use crate::random_bytes;
 
 /// A running VM. Ended and its files deleted on drop.
 #[derive(Debug)]
@@ -43,7 +41,7 @@ impl RunningVm {
         File::create(&export)?;
         // On the file system of memory: it is the guest's memory.
         let memory = tempfile::NamedTempFile::new_in("/dev/shm")?;
-        fill(memory.as_file(), memory_mib)?;
+        random_bytes::fill(memory.as_file(), 0..memory_mib)?;
         let backend = format!(
             "memory-backend-file,id=m,size={memory_mib}M,share=on,mem-path={}",
             memory.path().display()
@@ -87,7 +85,7 @@ impl RunningVm {
     /// # Errors
     /// When they cannot be looked at.
     pub fn stored_bytes(&self) -> anyhow::Result<u64> {
-        Ok(self.disk.metadata()?.blocks() * 512)
+        allocated(&self.disk)
     }
 
     /// Takes a snapshot of everything; returns how long the VM was stopped for it.
@@ -101,15 +99,6 @@ impl RunningVm {
         ensure!(said.as_str() == Some(""), "savevm: {said}");
         Ok(start.elapsed())
     }
-}
-
-fn fill(file: &File, mib: u64) -> anyhow::Result<()> {
-    let mut block = vec![0; MIB as usize];
-    for index in 0..mib {
-        rand::rng().fill_bytes(&mut block);
-        file.write_all_at(&block, index * MIB)?;
-    }
-    Ok(())
 }
 
 impl Drop for RunningVm {

@@ -101,22 +101,6 @@ impl StorageDaemon {
         &self.export
     }
 
-    /// Bytes of its files on the host.
-    ///
-    /// # Errors
-    /// When they cannot be looked at.
-    pub fn stored_bytes(&self) -> anyhow::Result<u64> {
-        use std::os::unix::fs::MetadataExt;
-        let mut bytes = 0;
-        for entry in std::fs::read_dir(self.dir.path())? {
-            let path = entry?.path();
-            if path != self.export {
-                bytes += path.metadata()?.blocks() * 512;
-            }
-        }
-        Ok(bytes)
-    }
-
     /// Takes an external snapshot; returns how long the call took.
     ///
     /// # Errors

@@ -3,18 +3,17 @@
 //! writes, and around snapshots of a qcow2 file.
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
 use blobcr_tests::cluster::Cluster;
 use blobcr_tests::mounted::MountedDisk;
-use rand::RngCore;
 
 use super::Settings;
 use crate::fio::{Load, Span};
 use crate::fio_log::{Requests, Stretch};
 use crate::peers::storage_daemon::{Format, StorageDaemon};
+use crate::random_bytes;
 use crate::report::{Bound, Report, Table};
 use crate::spread::Spread;
 
@@ -51,13 +50,7 @@ impl Tables {
 
 /// Random bytes in every chunk.
 fn fill(path: &Path, mib: u64) -> anyhow::Result<()> {
-    let file = OpenOptions::new().write(true).open(path)?;
-    let mut block = vec![0; MIB as usize];
-    for index in 0..mib {
-        rand::rng().fill_bytes(&mut block);
-        file.write_all_at(&block, index * MIB)?;
-    }
-    Ok(())
+    random_bytes::fill(&OpenOptions::new().write(true).open(path)?, 0..mib)
 }
 
 fn measure(

@@ -3,17 +3,16 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
 use blobcr_tests::cluster::Cluster;
-use rand::RngCore;
 
 use super::Settings;
 use crate::fio::{Load, Span};
 use crate::peers::storage_daemon::{Format, StorageDaemon};
+use crate::random_bytes;
 use crate::report::{Bound, Report, Table};
 
 const KIB: u64 = 1 << 10;
@@ -85,12 +84,7 @@ impl Place {
 fn fill(path: &Path, size: u64) -> anyhow::Result<()> {
     let opened = OpenOptions::new().write(true).create(true).truncate(false).open(path);
     let file = opened.with_context(|| format!("open {}", path.display()))?;
-    let mut block = vec![0; MIB as usize];
-    let mut rng = rand::rng();
-    for offset in (0..size).step_by(block.len()) {
-        rng.fill_bytes(&mut block);
-        file.write_all_at(&block, offset)?;
-    }
+    random_bytes::fill(&file, 0..size / MIB)?;
     Ok(file.sync_all()?)
 }
 

@@ -10,9 +10,9 @@ use anyhow::{Context, ensure};
 use blobcr_tests::guest_image::GuestImage;
 use blobcr_tests::roles::{Plan, Roles, Which};
 use blobcr_tests::vm::{Vm, VmSpec};
-use rand::RngCore;
 
 use super::Settings;
+use crate::random_bytes;
 use crate::report::{Bound, Report, Table};
 
 const MIB: u64 = 1 << 20;
@@ -91,12 +91,7 @@ impl Sizes {
         image.copy_disk(path)?;
         ensure!(path.metadata()?.len() <= DATA_FROM_MIB * MIB, "the guest's image has grown");
         let file = OpenOptions::new().write(true).open(path)?;
-        let mut block = vec![0; MIB as usize];
-        for index in DATA_FROM_MIB..self.image_mib {
-            rand::rng().fill_bytes(&mut block);
-            file.write_all_at(&block, index * MIB)?;
-        }
-        Ok(())
+        random_bytes::fill(&file, DATA_FROM_MIB..self.image_mib)
     }
 }
 

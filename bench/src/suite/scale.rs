@@ -12,14 +12,14 @@ use blobcr_tests::roles::{Plan, Roles, Which};
 use rand::RngCore;
 
 use super::Settings;
+use crate::processor_time;
 use crate::report::{Bound, Report, Table};
+use crate::spread::Spread;
 
 const MIB: usize = 1 << 20;
 /// What each disk has changed.
 const DIRTY: usize = 4 * MIB;
 const DISK: u64 = 64 << 20;
-/// Of a core's clock in /proc/PID/stat.
-const TICKS_PER_SECOND: f64 = 100.0;
 /// The cores of a metadata server and of a repository node, and the hosts that share a node, in
 /// clusters that are not here.
 const CORES: f64 = 2.0;
@@ -54,15 +54,6 @@ impl Work {
     }
 }
 
-/// Processor seconds of a process so far.
-fn processor_seconds(pid: u32) -> Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // Behind the name, which may hold anything: the state and 10 fields before utime and stime.
-    let fields = stat.rsplit_once(')').context("/proc/PID/stat")?.1.split_whitespace();
-    let ticks: Vec<f64> = fields.skip(11).take(2).map(str::parse).collect::<Result<_, _>>()?;
-    Ok(ticks.iter().sum::<f64>() / TICKS_PER_SECOND)
-}
-
 struct Hosts {
     roles: Roles,
     mirrors: usize,
@@ -90,7 +81,7 @@ impl Hosts {
 
     fn work(&self) -> Result<Work> {
         let sum = |which: fn(usize) -> Which, count: usize| -> Result<f64> {
-            (0..count).map(|n| processor_seconds(self.roles.pid(which(n))?)).sum()
+            (0..count).map(|n| processor_time::of(self.roles.pid(which(n))?)).sum()
         };
         Ok(Work {
             mirrors: sum(Which::Mirror, self.mirrors)?,
@@ -132,9 +123,8 @@ fn cost_of_one(measured: &[(usize, Measured)]) -> Work {
     let most = measured.iter().map(|(mirrors, _)| *mirrors).max().unwrap_or(1);
     let largest = measured.iter().filter(|(mirrors, _)| *mirrors == most);
     let median = |part: fn(&Work) -> f64| {
-        let mut parts: Vec<f64> = largest.clone().map(|(_, m)| part(&m.work)).collect();
-        parts.sort_by(f64::total_cmp);
-        parts.get(parts.len() / 2).copied().unwrap_or_default() / most as f64
+        let parts = Spread::of(largest.clone().map(|(_, m)| part(&m.work)));
+        parts.map_or(0.0, |parts| parts.median) / most as f64
     };
     Work {
         mirrors: median(|w| w.mirrors),
@@ -254,10 +244,5 @@ mod tests {
         };
         let measured = [(1, run(9.0)), (4, run(4.0)), (4, run(8.0)), (4, run(40.0))];
         assert_eq!(cost_of_one(&measured).metadata, 2.0);
-    }
-
-    #[test]
-    fn a_process_has_used_its_processor() {
-        assert!(processor_seconds(std::process::id()).unwrap() >= 0.0);
     }
 }

@@ -10,7 +10,6 @@ use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use anyhow::Context;
 use blobcr_tests::disk_file::noise;
 
 use super::Settings;
@@ -185,26 +184,6 @@ fn one_core(settings: &Settings, contents: &Contents, report: &mut Report) -> an
     );
     report.tables.push(table);
     Ok(())
-}
-
-/// Seconds of CPU that a process has used.
-fn cpu_seconds(pid: u32) -> anyhow::Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    fields(&stat, 11)
-}
-
-/// Those of the children of this process that were waited for.
-fn children_cpu_seconds() -> anyhow::Result<f64> {
-    fields(&std::fs::read_to_string("/proc/self/stat")?, 13)
-}
-
-/// User and system time, the first of which is that many fields behind the state.
-fn fields(stat: &str, at: usize) -> anyhow::Result<f64> {
-    // The name before may hold anything.
-    let (_, rest) = stat.rsplit_once(") ").context("/proc/PID/stat")?;
-    let ticks = rest.split(' ').skip(at).take(2).map(str::parse::<f64>);
-    let ticks: f64 = ticks.sum::<Result<f64, _>>()?;
-    Ok(ticks / rustix::param::clock_ticks_per_second() as f64)
 }
 
 /// A file of its own for what a program said.

@@ -9,7 +9,8 @@ use anyhow::{Context, ensure};
 use blobcr_tests::mounted::MountedDisk;
 use blobcr_tests::roles::{Plan, Roles, Which};
 
-use super::{Took, cpu_seconds};
+use super::Took;
+use crate::processor_time;
 
 /// A cluster with an empty disk.
 pub(super) struct Ours {
@@ -39,7 +40,7 @@ impl Ours {
     }
 
     fn cpu(&self) -> anyhow::Result<f64> {
-        self.processes.iter().map(|pid| cpu_seconds(*pid)).sum()
+        self.processes.iter().map(|pid| processor_time::of(*pid)).sum()
     }
 
     /// Of all nodes.

@@ -10,7 +10,8 @@ use anyhow::{Context, ensure};
 use blobcr_tests::disk_file::allocated;
 use tempfile::TempDir;
 
-use super::{BORG, QEMU, RESTIC, Took, children_cpu_seconds, quiet};
+use super::{BORG, QEMU, RESTIC, Took, quiet};
+use crate::processor_time;
 use crate::report::Report;
 use crate::suite::Settings;
 
@@ -105,7 +106,7 @@ impl Peers {
 
     fn timed(&self, program: &str, args: &[&str], repository: &str) -> anyhow::Result<Took> {
         let repository = self.dir.path().join(repository);
-        let (before, cpu) = (stored(&repository)?, children_cpu_seconds()?);
+        let (before, cpu) = (stored(&repository)?, processor_time::of_children()?);
         let began = Instant::now();
         self.run(program, args)?;
         // They do not all sync what they write.
@@ -113,7 +114,7 @@ impl Peers {
         let seconds = began.elapsed().as_secs_f64();
         Ok(Took {
             seconds,
-            cpu_seconds: (children_cpu_seconds()? - cpu).max(0.01),
+            cpu_seconds: (processor_time::of_children()? - cpu).max(0.01),
             stored_bytes: stored(&repository)? - before,
         })
     }

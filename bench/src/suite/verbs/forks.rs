@@ -1,12 +1,12 @@
 //! A thousand disks of one snapshot, and the step of an agent that has one of them.
 
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context;
 use blobcr_tests::cluster::Cluster;
-use blobcr_tests::disk_file::{noise, sparse};
+use blobcr_tests::disk_file::{allocated_below, noise, sparse};
 use blobcr_tests::mounted::MountedDisk;
 
 use super::{CALL, COMMAND, GIB, MIB, QEMU, REFLINK, SUBJECTS, reflinks, timed};
@@ -45,7 +45,7 @@ pub(super) fn measure(settings: &Settings, report: &mut Report) -> anyhow::Resul
             table.add(MEMORY, CALL, (memory_kib(&cluster)? - memory) / count as f64);
         }
         let disks = cluster.dir().join("mirror/disks");
-        table.add(DISK, CALL, allocated_kib(&disks)? / count as f64);
+        table.add(DISK, CALL, allocated_below(&disks)? as f64 / 1024.0 / count as f64);
         list.add("disk list", CALL, calls.list_disks()?.as_secs_f64() * 1e3);
         let command = || cluster.json(&["disk", "list"]);
         list.add("disk list", COMMAND, timed(command)?.as_secs_f64() * 1e3);
@@ -75,7 +75,7 @@ fn qemu(cluster: &Cluster, raw: &Path, count: u64, table: &mut Table) -> anyhow:
     let all =
         || (0..count).try_for_each(|n| Qcow2::over(raw, &dir.path().join(n.to_string())).map(drop));
     table.add(SECONDS, QEMU, timed(all)?.as_secs_f64());
-    table.add(DISK, QEMU, allocated_kib(dir.path())? / count as f64);
+    table.add(DISK, QEMU, allocated_below(dir.path())? as f64 / 1024.0 / count as f64);
     Ok(())
 }
 
@@ -121,18 +121,4 @@ fn memory_kib(cluster: &Cluster) -> anyhow::Result<f64> {
         Ok(number.parse()?)
     };
     Ok(kib("VmRSS")? + kib("VmPTE")?)
-}
-
-/// All files and directories below one.
-fn allocated_kib(dir: &Path) -> anyhow::Result<f64> {
-    let mut kib = 0.0;
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        let metadata = entry.metadata()?;
-        kib += metadata.blocks() as f64 / 2.0;
-        if metadata.is_dir() {
-            kib += allocated_kib(&entry.path())?;
-        }
-    }
-    Ok(kib)
 }
