@@ -444,6 +444,8 @@ metadata! {
     pin_snapshots: PinSnapshotsRequest => PinSnapshotsResponse,
     unpin_snapshot: UnpinSnapshotRequest => UnpinSnapshotResponse,
     list_pins: ListPinsRequest => ListPinsResponse,
+    get_read_trace: SnapshotRef => GetReadTraceResponse,
+    put_read_trace: PutReadTraceRequest => PutReadTraceResponse,
     get_collection_bound: CollectionBoundRequest => CollectionBound,
     list_roots: ListRootsRequest => ListRootsResponse,
     acquire_lease: AcquireLeaseRequest => Lease,

@@ -1,5 +1,6 @@
 //! What the command line may say.
 
+mod prefetch;
 mod set;
 mod strategy;
 
@@ -14,6 +15,7 @@ use blobcr_proto::policy::{Policy, PolicyError};
 use blobcr_proto::{DiskName, ImageName, ImageSpec, PoolName, VmName};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use prefetch::PrefetchArg;
 pub use set::{RestartArgs, SetCommand};
 pub use strategy::StrategyArg;
 
@@ -490,6 +492,12 @@ pub struct MirrorLimits {
     /// How long a read waits for a repository that cannot be reached
     #[arg(long, value_name = "SECONDS", default_value_t = REPOSITORY_WAIT_S)]
     pub repository_wait: u64,
+    /// What is fetched before a guest asks for it
+    #[arg(long, value_enum, default_value = "trace")]
+    pub prefetch: PrefetchArg,
+    /// Bytes a second that are fetched so at most, for all disks together; 0: as fast as it goes
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "0")]
+    pub prefetch_rate: u64,
     /// How a snapshot is kept as it was while its disk is written on
     #[arg(long, value_enum, default_value = "selective")]
     pub strategy: StrategyArg,

@@ -176,6 +176,13 @@ pub struct DiskView {
     pub aside_bytes: u64,
     pub spill_bytes: u64,
     pub throttled_writes: u64,
+    /// Of chunks that a read or write had to wait for, since the mirror started.
+    pub waited_bytes: u64,
+    pub waited_ms: u64,
+    /// Fetched before anybody asked, for all disks of the host that lie on the snapshot below this one.
+    pub prefetched_bytes: u64,
+    /// Of those, what has been read since.
+    pub prefetched_used_bytes: u64,
     pub created_at: Option<String>,
 }
 
@@ -197,6 +204,10 @@ impl From<v1::Disk> for DiskView {
             aside_bytes: disk.aside_bytes,
             spill_bytes: disk.spill_bytes,
             throttled_writes: disk.throttled_writes,
+            waited_bytes: disk.waited_bytes,
+            waited_ms: disk.waited_ms,
+            prefetched_bytes: disk.prefetched_bytes,
+            prefetched_used_bytes: disk.prefetched_used_bytes,
             created_at: rfc3339(disk.created_unix_ms),
         }
     }

@@ -199,6 +199,8 @@ pass_on! {
     pin_snapshots(v1::PinSnapshotsRequest) -> v1::PinSnapshotsResponse;
     unpin_snapshot(v1::UnpinSnapshotRequest) -> v1::UnpinSnapshotResponse;
     list_pins(v1::ListPinsRequest) -> v1::ListPinsResponse;
+    get_read_trace(v1::SnapshotRef) -> v1::GetReadTraceResponse;
+    put_read_trace(v1::PutReadTraceRequest) -> v1::PutReadTraceResponse;
     acquire_lease(v1::AcquireLeaseRequest) -> v1::Lease;
     renew_lease(v1::RenewLeaseRequest) -> v1::Lease;
     release_lease(v1::ReleaseLeaseRequest) -> v1::ReleaseLeaseResponse;

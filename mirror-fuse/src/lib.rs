@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`disk`] | the local mirror: a writable disk over a snapshot; knows nothing of FUSE |
 //! | [`base`] | the read-only bytes of snapshots |
+//! | [`prefetch`] | fetching ahead what an earlier guest read |
 //! | [`cache`] | the clean chunks of a host, shared by all its disks |
 //! | [`host`] | the mirror of one host: attach, detach, checkpoint, start and stop |
 //! | [`host_service`] | the same as a gRPC service |
@@ -31,6 +32,7 @@ mod inode;
 pub mod ioctl;
 mod listing;
 pub mod mount;
+pub mod prefetch;
 mod registry;
 mod ring;
 pub mod upstream;

@@ -10,6 +10,7 @@
 //! | [`codec`] | plain bytes ↔ stored payload |
 //! | [`policy`] | redundancy and compression of a pool |
 //! | [`record`] | checks that a [`v1::Record`] is what it says it is |
+//! | [`trace`] | in which order the chunks of a snapshot are read first |
 //! | [`channel`] | frames of a VM's checkpoint channel |
 
 pub mod channel;
@@ -20,6 +21,7 @@ pub mod name;
 pub mod planted;
 pub mod policy;
 pub mod record;
+pub mod trace;
 pub mod units;
 
 /// Messages and services of protocol version 1.

@@ -95,6 +95,14 @@ pub trait Catalog: Send + Sync + 'static {
         &self,
         request: v1::ListPinsRequest,
     ) -> Result<v1::ListPinsResponse, CatalogError>;
+    async fn get_read_trace(
+        &self,
+        request: v1::SnapshotRef,
+    ) -> Result<v1::GetReadTraceResponse, CatalogError>;
+    async fn put_read_trace(
+        &self,
+        request: v1::PutReadTraceRequest,
+    ) -> Result<v1::PutReadTraceResponse, CatalogError>;
     async fn acquire_lease(
         &self,
         request: v1::AcquireLeaseRequest,

@@ -1,6 +1,7 @@
 //! `blobcr mirror`: the disks of a host, served through FUSE.
 
 use std::io;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -59,6 +60,8 @@ pub(super) async fn start(
         aside_bytes: limits.aside,
         spill_bytes: limits.spill,
         repository_wait: Duration::from_secs(limits.repository_wait),
+        prefetch: limits.prefetch.into(),
+        prefetch_rate: NonZeroU64::new(limits.prefetch_rate),
         strategy: limits.strategy.into(),
         allow_other: others_may_enter(),
         ..HostOptions::new(dir, mount)

@@ -126,6 +126,17 @@ async fn get(session: &Session, disk: &DiskName) -> anyhow::Result<DiskView> {
     Ok(mirror.answer(answer)?.into())
 }
 
+/// What reads and writes had to wait for.
+fn waited(view: &DiskView) -> String {
+    format!("{}, {:.1} s", human_size(view.waited_bytes), view.waited_ms as f64 / 1000.0)
+}
+
+/// What was fetched before it was asked for, and how much of it was not asked for.
+fn prefetched(view: &DiskView) -> String {
+    let unused = view.prefetched_bytes.saturating_sub(view.prefetched_used_bytes);
+    format!("{}, {} of it not read yet", human_size(view.prefetched_bytes), human_size(unused))
+}
+
 async fn info(session: &Session, disk: &DiskName, output: Output) -> anyhow::Result<()> {
     output.data(&get(session, disk).await?, |view| {
         facts([
@@ -143,6 +154,8 @@ async fn info(session: &Session, disk: &DiskName, output: Output) -> anyhow::Res
             ("copied aside", human_size(view.aside_bytes)),
             ("spilled", human_size(view.spill_bytes)),
             ("throttled writes", view.throttled_writes.to_string()),
+            ("waited for", waited(view)),
+            ("prefetched", prefetched(view)),
             ("attached at", or_dash(view.created_at.clone())),
         ])
     })

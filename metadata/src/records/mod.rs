@@ -25,6 +25,7 @@ mod pin;
 mod placement;
 mod pool;
 mod pool_name;
+mod read_trace;
 mod removal;
 mod set;
 mod set_vm;
@@ -44,6 +45,7 @@ pub use pin::{HOLDER_BYTES_MAX, PinRecord, check_holder};
 pub use placement::{MovingFrom, PART_ROWS, PlacementPartRecord, PlacementRecord, TABLE_NODES_MAX};
 pub use pool::PoolRecord;
 pub use pool_name::PoolNameRecord;
+pub use read_trace::ReadTraceRecord;
 pub use removal::RemovalRecord;
 pub use set::{SET_HOLDER_PREFIX, SET_HOLDERS_MAX, SetRecord};
 pub use set_vm::{SetDisk, SetVmRecord, VM_DISKS_MAX};
@@ -79,6 +81,7 @@ use crate::store::Key;
 /// | `Steward` | nothing | [`StewardRecord`] |
 /// | `Pin` | image id, 8; number, 8; holder | [`PinRecord`] |
 /// | `Group` | name | [`GroupRecord`] |
+/// | `ReadTrace` | image id, 8; number, 8 | [`ReadTraceRecord`] |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum KeyKind {
@@ -120,6 +123,8 @@ pub enum KeyKind {
     Pin = 24,
     /// A group of VMs whose checkpoints make sets.
     Group = 25,
+    /// What the disks of a snapshot read first.
+    ReadTrace = 26,
 }
 
 /// A stored value that is not what it should be.

@@ -200,6 +200,10 @@ proptest! {
         comes_back(&PinRecord {
             image_id: a, number: b, holder: text.clone(), image: text.clone(), created_unix_ms: c,
         })?;
+        comes_back(&ReadTraceRecord {
+            image_id: a, number: b, put_unix_ms: c,
+            trace: Some(v1::ReadTrace::of((0..u64::from(n % 9) + 1).map(|i| i * a % 1000))),
+        })?;
         comes_back(&DebtRecord {
             pool: n,
             partition: n % 1024,
@@ -446,6 +450,19 @@ fn golden_records_of_sets() {
     ];
     let found = lines.concat();
     let golden = include_str!("../../golden/records-v1-sets.txt");
+    assert_eq!(found, golden, "this program writes:\n{found}");
+}
+
+/// What reading ahead has added.
+#[test]
+fn golden_records_of_read_traces() {
+    let found = line(&ReadTraceRecord {
+        image_id: 7,
+        number: 3,
+        trace: Some(v1::ReadTrace::of([0, 1, 2, 900, 901, 40])),
+        put_unix_ms: 1_700_000_000_000,
+    });
+    let golden = include_str!("../../golden/records-v1-traces.txt");
     assert_eq!(found, golden, "this program writes:\n{found}");
 }
 

@@ -6,10 +6,10 @@ use blobcr_proto::{ChunkSize, ImageName, v1};
 use super::{Held, RecordSwap, VersionManager, check_writer, list_limit, until_won};
 use crate::error::Error;
 use crate::records::{
-    Counter, ImageNameRecord, ImageRecord, KeyKind, PinRecord, RemovalRecord, SnapshotRecord,
-    prefix_of,
+    Counter, ImageNameRecord, ImageRecord, KeyKind, PinRecord, ReadTraceRecord, RemovalRecord,
+    SnapshotRecord, prefix_of,
 };
-use crate::store::Swap;
+use crate::store::{Expect, Swap};
 
 /// Image ids taken at once: a thousand clones at a time need not all change one counter. What is
 /// left of a block when the process ends is never given.
@@ -18,8 +18,8 @@ const IMAGE_ID_BLOCK: u64 = 64;
 /// The pool of an image that names none.
 pub const POOL_DEFAULT: &str = "default";
 
-/// Snapshots marked in one swap when an image is removed.
-const MARKED_PER_SWAP: usize = 32;
+/// Snapshots marked in one swap when an image is removed: two records of each, and two more, fit it.
+const MARKED_PER_SWAP: usize = 30;
 
 const TAKE_ANOTHER_NAME: &str = "choose another name, or remove it first";
 const LIST_IMAGES: &str = "`blobcr image list` shows what there is";
@@ -336,6 +336,7 @@ impl VersionManager {
             if snapshot.value.state() != v1::SnapshotState::Obsolete {
                 let obsolete = super::snapshots::obsolete(&snapshot.value, generation);
                 swap = swap.update(snapshot, &obsolete);
+                swap = swap.delete(ReadTraceRecord::key_of(image_id, marked), Expect::Any);
             }
         }
         swap = if more {

@@ -5,6 +5,7 @@
 //! | [`images`] | create, find, list, clone, remove |
 //! | [`snapshots`] | begin, publish, fail, wait, remove |
 //! | [`pins`] | who needs a snapshot, so that it is not removed |
+//! | [`traces`] | what the disks of a snapshot read first |
 //! | [`leases`] | a writer's promise to be alive, and what happens when it is broken |
 //! | [`collection`] | what the collector must spare |
 //! | [`pools`], [`nodes`] | redundancy, membership |
@@ -51,6 +52,7 @@ pub mod retire;
 pub mod sets;
 pub mod snapshots;
 pub mod steward;
+pub mod traces;
 
 /// Attempts at one change before others win for good: each failure means that somebody else made
 /// progress, and the pauses between attempts grow.

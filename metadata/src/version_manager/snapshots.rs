@@ -8,9 +8,10 @@ use blobcr_proto::v1::SnapshotState;
 use super::{Held, RecordSwap, VersionManager, check_writer, list_limit, until_won};
 use crate::error::Error;
 use crate::records::{
-    ImageRecord, LeaseWorkRecord, PinRecord, SNAPSHOT_NUMBER_MAX, SnapshotRecord, check_root,
+    ImageRecord, LeaseWorkRecord, PinRecord, ReadTraceRecord, SNAPSHOT_NUMBER_MAX, SnapshotRecord,
+    check_root,
 };
-use crate::store::{StoreError, Swap};
+use crate::store::{Expect, StoreError, Swap};
 
 /// The longest reason of a failure that is kept, in bytes.
 pub const REASON_BYTES_MAX: usize = 1024;
@@ -25,7 +26,7 @@ pub(super) fn describe(image: &str, number: u64) -> String {
     format!("snapshot {image}@{number}")
 }
 
-fn describe_id(image_id: u64, number: u64) -> String {
+pub(super) fn describe_id(image_id: u64, number: u64) -> String {
     format!("snapshot {number} of the image with the id {image_id}")
 }
 
@@ -368,8 +369,10 @@ impl VersionManager {
         self.check_unpinned(&pins, &object).await?;
         let (generation, swap) = self.newest_generation(Swap::new()).await?;
         let obsolete = obsolete(&snapshot.value, generation);
+        let trace = ReadTraceRecord::key_of(image.value.id, snapshot.value.number);
         // Making a pin writes the image's record.
-        self.store.swap(swap.unchanged(&image).update(&snapshot, &obsolete)).await?;
+        let swap = swap.unchanged(&image).update(&snapshot, &obsolete).delete(trace, Expect::Any);
+        self.store.swap(swap).await?;
         Ok(obsolete.to_wire(name))
     }
 }

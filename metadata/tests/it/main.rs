@@ -22,3 +22,4 @@ mod service;
 mod sets;
 mod snapshots;
 mod steward;
+mod traces;

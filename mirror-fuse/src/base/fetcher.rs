@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use super::flights::{Flights, Progress, Reporter};
 use super::nodes::LocalNodes;
 use super::stall::Stall;
+use super::turns::Turns;
 use crate::cache::ChunkCache;
 
 /// How long to wait before asking a repository again that could not be reached, at first and at
@@ -78,7 +79,15 @@ impl Default for FetchLimits {
     }
 }
 
-type ChunkFlights = Flights<(u32, Hash), Result<Bytes, FetchError>>;
+/// A chunk, and where it was.
+#[derive(Clone, Debug)]
+pub(crate) struct Brought {
+    pub(crate) bytes: Bytes,
+    /// It was in the cache of this host.
+    pub(crate) was_here: bool,
+}
+
+type ChunkFlights = Flights<(u32, Hash), Result<Brought, FetchError>>;
 /// Pool, top node of the tree, number of the run.
 pub(super) type RunKey = (u32, Hash, u64);
 type RunFlights = Flights<RunKey, Result<Arc<[Option<Hash>]>, FetchError>>;
@@ -88,6 +97,7 @@ type RunFlights = Flights<RunKey, Result<Arc<[Option<Hash>]>, FetchError>>;
 pub(super) struct Fetcher {
     pub(super) repository: Repository,
     pub(super) cache: Arc<ChunkCache>,
+    pub(super) turns: Turns,
     nodes: LocalNodes,
     limits: FetchLimits,
     memory: Arc<Semaphore>,
@@ -111,6 +121,7 @@ impl Fetcher {
         Self {
             repository,
             cache,
+            turns: Turns::default(),
             nodes,
             limits,
             memory: Arc::new(Semaphore::new(units as usize)),
@@ -125,15 +136,20 @@ impl Fetcher {
         self.stopping.send_replace(true);
     }
 
+    /// How long a guest's read waits for a repository that cannot be reached.
+    pub(super) const fn patience(&self) -> Duration {
+        self.limits.wait
+    }
+
     /// The plain bytes of a chunk of `chunk_size`, from the cache or from the pool.
     pub(super) async fn chunk(
         self: &Arc<Self>,
         pool: u32,
         id: Hash,
         chunk_size: ChunkSize,
-        stall: &Stall,
-    ) -> Result<Bytes, FetchError> {
-        let until = Instant::now() + self.limits.wait;
+        (stall, patience): (&Stall, Duration),
+    ) -> Result<Brought, FetchError> {
+        let until = Instant::now() + patience;
         self.patiently(until, stall, || {
             self.chunks.join(&(pool, id), |reporter| {
                 Arc::clone(self).bring_chunk(pool, id, chunk_size, until, reporter)
@@ -149,9 +165,9 @@ impl Fetcher {
         root: Root,
         top: Hash,
         chunks: std::ops::Range<u64>,
-        stall: &Stall,
+        (stall, patience): (&Stall, Duration),
     ) -> Result<Arc<[Option<Hash>]>, FetchError> {
-        let until = Instant::now() + self.limits.wait;
+        let until = Instant::now() + patience;
         self.patiently(until, stall, || {
             self.runs.join(&(pool, top, chunks.start), |reporter| {
                 Arc::clone(self).bring_run(pool, root, chunks.clone(), until, reporter)
@@ -184,10 +200,10 @@ impl Fetcher {
         id: Hash,
         chunk_size: ChunkSize,
         until: Instant,
-        reporter: Reporter<Result<Bytes, FetchError>>,
+        reporter: Reporter<Result<Brought, FetchError>>,
     ) {
         if let Some(bytes) = self.cached(id, chunk_size).await {
-            reporter.landed(Ok(bytes));
+            reporter.landed(Ok(Brought { bytes, was_here: true }));
             return;
         }
         let units = (chunk_size.bytes() / MEMORY_UNIT) as u32;
@@ -217,7 +233,7 @@ impl Fetcher {
                 ))),
             });
         let bytes = fetched.as_ref().ok().cloned();
-        reporter.landed(fetched);
+        reporter.landed(fetched.map(|bytes| Brought { bytes, was_here: false }));
         if let Some(bytes) = bytes {
             // The flight stays listed until the cache has the chunk: nobody fetches it twice.
             let cache = Arc::clone(&self.cache);
@@ -263,7 +279,7 @@ impl Fetcher {
         reporter: &Reporter<V>,
         attempt: impl Fn() -> Attempt<'a, T> + Sync,
     ) -> Result<T, FetchError> {
-        let mut pause = RETRY_FIRST;
+        let (mut pause, began) = (RETRY_FIRST, Instant::now());
         loop {
             let result = tokio::select! {
                 result = attempt() => result,
@@ -276,8 +292,7 @@ impl Fetcher {
             reporter.waiting(&reason);
             let now = Instant::now();
             if now >= until {
-                let waited = self.limits.wait.as_secs();
-                let why = format!("{reason} (given up after {waited} s)");
+                let why = format!("{reason} (given up after {} s)", began.elapsed().as_secs());
                 return Err(FetchError::Unavailable(why));
             }
             tokio::select! {

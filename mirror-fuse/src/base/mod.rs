@@ -8,7 +8,10 @@
 //! | `fetcher` | bringing chunks here, each once; waiting while the repository is away |
 //! | `flights` | one piece of work for all who ask for its result |
 //! | `stall` | who waits just now, and why |
+//! | `turns` | whose fetches go first |
+//! | `below` | the snapshot below a disk: who waits for it, and what its disks read first |
 
+mod below;
 mod fetcher;
 mod flights;
 mod leaves;
@@ -16,11 +19,13 @@ mod nodes;
 mod stall;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use blobcr_proto::{ChunkSize, Hash};
@@ -29,17 +34,32 @@ use blobcr_repository::tree::Root;
 use bytes::Bytes;
 
 use crate::cache::ChunkCache;
-use crate::disk::{Base, BaseError, BaseOpener, Source};
-use fetcher::{FetchError, Fetcher};
+use crate::disk::{Base, BaseError};
+use fetcher::{Brought, FetchError, Fetcher};
 use leaves::{Leaf, LeafBudget, Leaves, RUN_CHUNKS};
 use nodes::LocalNodes;
 use stall::Stall;
 
+pub use below::DiskBases;
 pub use fetcher::FetchLimits;
 
 /// Bytes of chunk identities that all snapshots of a host keep in memory: the whole maps of two
 /// terabytes of 256 KiB chunks.
 const LEAF_BYTES_MAX: u64 = 256 << 20;
+
+/// How long a fetch for which nobody waits stays under way while the repository cannot be reached.
+const AHEAD_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What became of a fetch for which nobody waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ahead {
+    /// It was on this host already, is all zeros, or is no longer wanted.
+    Here,
+    /// It is on this host now.
+    Fetched,
+    /// The cache has no room that is not in use.
+    NoRoom,
+}
 
 /// For [`crate::fuzzing`].
 #[cfg(feature = "fuzzing")]
@@ -100,39 +120,6 @@ impl Snapshots {
     }
 }
 
-/// Opens the snapshots below one disk, and knows which one that is now.
-#[derive(Debug)]
-pub struct DiskBases {
-    snapshots: Arc<Snapshots>,
-    newest: Mutex<Weak<SnapshotBase>>,
-}
-
-impl DiskBases {
-    /// For a disk that is about to be made or opened.
-    #[must_use]
-    pub fn new(snapshots: Arc<Snapshots>) -> Arc<Self> {
-        Arc::new(Self { snapshots, newest: Mutex::default() })
-    }
-
-    /// Why reads of the snapshot below the disk wait just now; `None` when none does.
-    #[must_use]
-    pub fn stalled(&self) -> Option<String> {
-        let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-        newest.upgrade()?.stall.reason()
-    }
-}
-
-impl BaseOpener for DiskBases {
-    fn open(&self, source: &Source) -> Result<Arc<dyn Base>, BaseError> {
-        let root = Root::try_from(&source.root).map_err(|error| {
-            BaseError::Open(format!("{}@{}: {error}", source.image, source.number))
-        })?;
-        let base = self.snapshots.base(source.pool, root);
-        *self.newest.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&base);
-        Ok(base)
-    }
-}
-
 /// The bytes of one snapshot. Reading what is on this host takes no lock and never waits for the
 /// network.
 #[derive(Debug)]
@@ -160,7 +147,11 @@ impl SnapshotBase {
     }
 
     /// What there is at a chunk.
-    async fn look_up(&self, chunk: u64) -> Result<Option<Hash>, BaseError> {
+    pub(crate) async fn look_up(
+        &self,
+        chunk: u64,
+        patience: Duration,
+    ) -> Result<Option<Hash>, BaseError> {
         let known = self.leaf(chunk);
         let (Leaf::Unknown, Some(top)) = (known, self.root.node) else {
             return Ok(if let Leaf::Chunk(id) = known { Some(id) } else { None });
@@ -169,10 +160,59 @@ impl SnapshotBase {
         let first = run * RUN_CHUNKS;
         let chunks = first..(first + RUN_CHUNKS).min(self.root.geometry.chunks());
         let fetcher = &self.snapshots.fetcher;
-        let found = fetcher.run(self.pool, self.root, top, chunks, &self.stall).await;
+        let waiting = (&self.stall, patience);
+        let found = fetcher.run(self.pool, self.root, top, chunks, waiting).await;
         let ids = found.map_err(|error| base_error(chunk, error))?;
         self.snapshots.leaf_budget.keep(&self.leaves, run, &ids);
         Ok(ids.get((chunk - first) as usize).copied().flatten())
+    }
+
+    /// Bytes that the cache of the host holds at most.
+    pub(crate) fn cache_bytes(&self) -> u64 {
+        self.snapshots.fetcher.cache.capacity_bytes()
+    }
+
+    /// How long a guest's read waits.
+    fn patience(&self) -> Duration {
+        self.snapshots.fetcher.patience()
+    }
+
+    /// The chunk with this identity, for somebody who waits for it.
+    async fn bring(&self, chunk: u64, id: Hash) -> Result<Brought, BaseError> {
+        let fetcher = &self.snapshots.fetcher;
+        let _guest = fetcher.turns.guest();
+        let waiting = (&self.stall, self.patience());
+        let brought = fetcher.chunk(self.pool, id, self.chunk_size(), waiting).await;
+        brought.map_err(|error| base_error(chunk, error))
+    }
+
+    /// Has a chunk brought to this host for which nobody waits yet, as soon as those who wait for
+    /// others leave the network to it and if it `is_wanted` then. Nothing that is in use makes room for
+    /// it in the cache.
+    ///
+    /// # Errors
+    /// Soon when the repository cannot be reached.
+    pub(crate) async fn bring_ahead(
+        &self,
+        chunk: u64,
+        is_wanted: impl Fn() -> bool,
+    ) -> Result<Ahead, BaseError> {
+        let Some(id) = self.look_up(chunk, AHEAD_PATIENCE).await? else { return Ok(Ahead::Here) };
+        let fetcher = &self.snapshots.fetcher;
+        let _turn = fetcher.turns.ahead().await;
+        if !is_wanted() || fetcher.cache.holds(&id, self.chunk_size()) {
+            return Ok(Ahead::Here);
+        }
+        if !fetcher.cache.has_idle_room(self.chunk_size()) {
+            return Ok(Ahead::NoRoom);
+        }
+        // Nobody is stalled by it.
+        let waiting = (&Stall::default(), AHEAD_PATIENCE);
+        match fetcher.chunk(self.pool, id, self.chunk_size(), waiting).await {
+            Ok(Brought { was_here: true, .. }) => Ok(Ahead::Here),
+            Ok(_) => Ok(Ahead::Fetched),
+            Err(error) => Err(base_error(chunk, error)),
+        }
     }
 
     /// The first byte at or behind `offset` that may be no zero (`data`), or that is surely one
@@ -184,7 +224,7 @@ impl SnapshotBase {
         let size = self.root.geometry.size_bytes;
         let chunk_bytes = self.chunk_size().bytes();
         for chunk in offset / chunk_bytes..self.root.geometry.chunks() {
-            if self.look_up(chunk).await?.is_some() == data {
+            if self.look_up(chunk, self.patience()).await?.is_some() == data {
                 return Ok((chunk * chunk_bytes).max(offset).min(size));
             }
         }
@@ -220,10 +260,8 @@ impl Base for SnapshotBase {
     }
 
     async fn fetch(&self, chunk: u64) -> Result<Option<Bytes>, BaseError> {
-        let Some(id) = self.look_up(chunk).await? else { return Ok(None) };
-        let fetcher = &self.snapshots.fetcher;
-        let fetched = fetcher.chunk(self.pool, id, self.chunk_size(), &self.stall).await;
-        fetched.map(Some).map_err(|error| base_error(chunk, error))
+        let Some(id) = self.look_up(chunk, self.patience()).await? else { return Ok(None) };
+        Ok(Some(self.bring(chunk, id).await?.bytes))
     }
 
     fn may_have_data(&self, chunk: u64) -> Option<bool> {

@@ -7,6 +7,7 @@ use blobcr_repository::{Object, ObjectStore, StoreError};
 
 use super::*;
 use crate::cache::CacheLimits;
+use crate::disk::{BaseOpener, Source};
 
 const POOL: u32 = 1;
 const SIZE: ChunkSize = ChunkSize::MIN;
@@ -359,7 +360,7 @@ fn a_source_that_makes_no_sense_is_refused() {
     let world = World::new();
     let root = v1::TreeRoot { size_bytes: 1, chunk_size: 7, fan_out: 64, node: Bytes::new() };
     let source = Source { image: "vm".into(), image_id: 1, number: 3, pool: POOL, root };
-    let Err(error) = DiskBases::new(world.snapshots()).open(&source) else {
+    let Err(error) = DiskBases::new(world.snapshots(), None).open(&source) else {
         panic!("a chunk size of 7 bytes was accepted");
     };
     assert!(error.to_string().contains("vm@3"), "{error}");

@@ -141,6 +141,23 @@ impl ChunkCache {
         self.slabs[class(chunk_size)].get().is_some_and(|slab| slab.holds(id))
     }
 
+    /// Whether a chunk can be kept without forgetting one that is in use: there is space for one more,
+    /// or one of those that are next to go was not read for a whole round.
+    #[must_use]
+    pub fn has_idle_room(&self, chunk_size: ChunkSize) -> bool {
+        let size = chunk_size.bytes();
+        let used = self.used_bytes.load(Ordering::Relaxed);
+        let may_grow = used.saturating_add(size) <= self.limits.capacity_bytes
+            && self.free_bytes() >= self.limits.keep_free_bytes.saturating_add(size);
+        may_grow || self.slabs[class(chunk_size)].get().is_some_and(Slab::next_is_idle)
+    }
+
+    /// Bytes of chunks at most.
+    #[must_use]
+    pub const fn capacity_bytes(&self) -> u64 {
+        self.limits.capacity_bytes
+    }
+
     /// Keeps a chunk, whose identity the caller has checked. Blocks on the disk. Without space for
     /// it the chunk is not kept, and nothing else happens.
     pub fn insert(&self, id: Hash, chunk: &[u8]) {

@@ -21,6 +21,9 @@ const SEGMENT_SLOTS: usize = 4096;
 /// The kernel's large folios make later small reads slow when a file was written in bigger pieces.
 const WRITE_BYTES_MAX: usize = 256 << 10;
 
+/// How far before the hand of the clock an idle chunk is looked for: few enough to look at each time.
+const IDLE_WITHIN: usize = 64;
+
 /// Was read since the hand of the clock last came by.
 const REFERENCED: u64 = 1;
 /// Its bytes were compared with its identity since this process opened the slab.
@@ -250,6 +253,17 @@ impl Slab {
         let Some(slot) = self.evict(&mut clock) else { return false };
         self.release(&mut clock, slot);
         true
+    }
+
+    /// Whether one of the chunks that the hand of the clock comes to next was not read since it last
+    /// came by.
+    pub(super) fn next_is_idle(&self) -> bool {
+        let clock = self.clock();
+        let slots = clock.holders.len();
+        (clock.hand..clock.hand + slots.min(IDLE_WITHIN)).map(|at| at % slots).any(|at| {
+            matches!(clock.holders[at], Holder::Chunk(_))
+                && self.word(at as u32).load(Ordering::Relaxed) & REFERENCED == 0
+        })
     }
 
     fn evict(&self, clock: &mut Clock) -> Option<u32> {

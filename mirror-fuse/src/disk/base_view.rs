@@ -47,6 +47,11 @@ impl BaseView {
         if chunk >= self.chunks { Ok(None) } else { self.base.fetch(chunk).await }
     }
 
+    /// As [`Base::fetch_unawaited`].
+    pub(super) async fn fetch_unawaited(&self, chunk: u64) -> Result<Option<Bytes>, BaseError> {
+        if chunk >= self.chunks { Ok(None) } else { self.base.fetch_unawaited(chunk).await }
+    }
+
     /// As [`Base::may_have_data`].
     pub(super) fn may_have_data(&self, chunk: u64) -> Option<bool> {
         if chunk >= self.chunks { Some(false) } else { self.base.may_have_data(chunk) }

@@ -179,7 +179,7 @@ impl Captures {
     async fn fetch(&self, index: u64) -> Result<Option<Bytes>, String> {
         let base = &self.generation.base;
         loop {
-            match base.fetch(index).await {
+            match base.fetch_unawaited(index).await {
                 Ok(whole) => {
                     (self.stalled)(None);
                     if let Some(whole) = &whole {

@@ -36,6 +36,8 @@ impl Shared {
             aside_bytes,
             spill_bytes: self.common.spill.used_bytes(),
             throttled_writes: self.throttled.load(Ordering::Relaxed),
+            // As the path, for who knows what lies below.
+            ..v1::Disk::default()
         }
     }
 

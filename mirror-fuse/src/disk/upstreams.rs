@@ -38,6 +38,11 @@ pub trait Base: Send + Sync + 'static {
     /// whoever asks. Waits while the repository cannot be reached, up to the configured limit.
     async fn fetch(&self, chunk: u64) -> Result<Option<Bytes>, BaseError>;
 
+    /// The same for a snapshot that is being persisted: no guest waits for it.
+    async fn fetch_unawaited(&self, chunk: u64) -> Result<Option<Bytes>, BaseError> {
+        self.fetch(chunk).await
+    }
+
     /// Whether the chunk may hold anything but zeros; `None` when that is not known without the
     /// network.
     fn may_have_data(&self, chunk: u64) -> Option<bool>;

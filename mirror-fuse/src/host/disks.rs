@@ -37,6 +37,7 @@ impl Host {
         if disk.stalled.is_empty() {
             disk.stalled = served.bases.stalled().unwrap_or_default();
         }
+        served.bases.describe(&mut disk);
         disk
     }
 

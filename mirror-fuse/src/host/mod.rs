@@ -26,6 +26,7 @@ use crate::fuse::{self, Front, FrontOptions, Mounted};
 use crate::identity::{Directory, make_durable};
 use crate::images::Images;
 use crate::mount;
+use crate::prefetch::{Prefetch, Prefetcher};
 use crate::registry::{Disks, Served};
 use crate::upstream::RepositoryUpstream;
 use crate::view::View;
@@ -52,6 +53,7 @@ struct Inner {
     repository: Repository,
     cache: Arc<ChunkCache>,
     snapshots: Arc<Snapshots>,
+    prefetcher: Option<Arc<Prefetcher>>,
     deps: DiskDeps,
     disks: Arc<Disks>,
     stopping: watch::Sender<bool>,
@@ -105,7 +107,11 @@ impl Host {
         let upstream =
             Arc::new(RepositoryUpstream::new(repository.clone(), PersistLimits::default()));
         let budgets = Budgets::new(options.aside_bytes, options.spill_bytes);
-        let bases = DiskBases::new(Arc::clone(&snapshots));
+        let prefetcher = match options.prefetch {
+            Prefetch::Off => None,
+            Prefetch::Trace => Some(Prefetcher::new(repository.clone(), options.prefetch_rate)),
+        };
+        let bases = DiskBases::new(Arc::clone(&snapshots), None);
         let deps = DiskDeps::new(bases, upstream, budgets).map_err(failed(&options.dir))?;
         let deps = DiskDeps { strategy: options.strategy, ..deps };
         let disks_dir = options.dir.join("disks");
@@ -116,6 +122,7 @@ impl Host {
             repository,
             cache,
             snapshots,
+            prefetcher,
             deps,
             disks: Arc::default(),
             mounted: Mutex::default(),
@@ -131,7 +138,7 @@ impl Host {
 
     /// What a disk works with: all the same for every disk, but for what lies below it.
     fn deps(&self) -> (Arc<DiskBases>, DiskDeps) {
-        let bases = DiskBases::new(Arc::clone(&self.0.snapshots));
+        let bases = DiskBases::new(Arc::clone(&self.0.snapshots), self.0.prefetcher.clone());
         let opener: Arc<dyn BaseOpener> = Arc::<DiskBases>::clone(&bases);
         (bases, DiskDeps { bases: opener, ..self.0.deps.clone() })
     }

@@ -1,10 +1,12 @@
 //! How a mirror is set up.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::base::FetchLimits;
 use crate::disk::Strategy;
+use crate::prefetch::Prefetch;
 use crate::registry::Access;
 
 /// How a mirror is set up.
@@ -24,6 +26,10 @@ pub struct HostOptions {
     pub spill_bytes: u64,
     /// How long a read waits for a repository that cannot be reached, before it fails.
     pub repository_wait: Duration,
+    /// What is fetched before a guest asks for it.
+    pub prefetch: Prefetch,
+    /// Bytes a second that are fetched so for all disks together, at most; `None`: no limit.
+    pub prefetch_rate: Option<NonZeroU64>,
     /// How a snapshot is kept as it was while the guest writes on.
     pub strategy: Strategy,
     /// Threads that take requests from the kernel.
@@ -53,6 +59,8 @@ impl HostOptions {
             aside_bytes: 256 << 20,
             spill_bytes: 4 << 30,
             repository_wait: FetchLimits::default().wait,
+            prefetch: Prefetch::default(),
+            prefetch_rate: None,
             strategy: Strategy::default(),
             // Measured: two are best at queue depth 1, four at 32.
             threads: std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4)),

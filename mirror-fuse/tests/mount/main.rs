@@ -14,6 +14,8 @@ mod images;
 #[cfg(test)]
 mod ioctls;
 #[cfg(test)]
+mod prefetch;
+#[cfg(test)]
 mod qemu;
 #[cfg(test)]
 mod stress;

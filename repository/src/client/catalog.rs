@@ -237,6 +237,8 @@ catalog_of! {
     pin_snapshots(v1::PinSnapshotsRequest) -> v1::PinSnapshotsResponse, Safe;
     unpin_snapshot(v1::UnpinSnapshotRequest) -> v1::UnpinSnapshotResponse, Safe;
     list_pins(v1::ListPinsRequest) -> v1::ListPinsResponse, Safe;
+    get_read_trace(v1::SnapshotRef) -> v1::GetReadTraceResponse, Safe;
+    put_read_trace(v1::PutReadTraceRequest) -> v1::PutReadTraceResponse, Safe;
     acquire_lease(v1::AcquireLeaseRequest) -> v1::Lease, Unsafe;
     renew_lease(v1::RenewLeaseRequest) -> v1::Lease, Safe;
     release_lease(v1::ReleaseLeaseRequest) -> v1::ReleaseLeaseResponse, Safe;

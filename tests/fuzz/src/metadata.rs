@@ -4,7 +4,7 @@ use blobcr_metadata::fuzzing;
 use blobcr_metadata::records::{
     self, ClusterRecord, CounterRecord, DebtRecord, GroupRecord, ImageNameRecord, ImageRecord, LeaseRecord,
     LeaseWorkRecord, NodeRecord, PinRecord, PlacementPartRecord, PlacementRecord, PoolNameRecord,
-    PoolRecord, Record, RemovalRecord, SetRecord, SetVmRecord, SnapshotRecord, StewardRecord,
+    PoolRecord, ReadTraceRecord, Record, RemovalRecord, SetRecord, SetVmRecord, SnapshotRecord, StewardRecord,
 };
 use blobcr_metadata::store::{KEY_BYTES_MAX, Key};
 use blobcr_proto::codec::crc32c;
@@ -51,7 +51,8 @@ fn record(input: &[u8]) {
         ClusterRecord,
         StewardRecord,
         PinRecord,
-        GroupRecord
+        GroupRecord,
+        ReadTraceRecord
     );
 }
 
@@ -77,6 +78,7 @@ fn record_seeds() -> Vec<Vec<u8>> {
         include_str!("../../../metadata/golden/records-v1.txt"),
         include_str!("../../../metadata/golden/records-v1-members.txt"),
         include_str!("../../../metadata/golden/records-v1-repair.txt"),
+        include_str!("../../../metadata/golden/records-v1-traces.txt"),
     ];
     let of = |line: &str| {
         let mut words = line.split(' ').skip(1);

@@ -244,6 +244,8 @@ metadata_of! {
     pin_snapshots(PinSnapshotsRequest) -> PinSnapshotsResponse;
     unpin_snapshot(UnpinSnapshotRequest) -> UnpinSnapshotResponse;
     list_pins(ListPinsRequest) -> ListPinsResponse;
+    get_read_trace(SnapshotRef) -> GetReadTraceResponse;
+    put_read_trace(PutReadTraceRequest) -> PutReadTraceResponse;
     acquire_lease(AcquireLeaseRequest) -> Lease;
     renew_lease(RenewLeaseRequest) -> Lease;
     release_lease(ReleaseLeaseRequest) -> ReleaseLeaseResponse;

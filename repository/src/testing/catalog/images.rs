@@ -20,6 +20,8 @@ pub(super) struct Images {
     pub(super) by_id: ById<u64, ImageRecord>,
     /// By image, snapshot and holder.
     pub(super) pins: ById<(u64, u64, String), v1::Pin>,
+    /// By image and snapshot.
+    pub(super) traces: ById<(u64, u64), v1::ReadTrace>,
 }
 
 impl Images {
@@ -148,6 +150,7 @@ impl Images {
         for snapshot in record.snapshots.values_mut() {
             snapshot.obsolete(generation);
         }
+        self.traces.retain(|(image, _), _| *image != id);
         Ok(v1::RemoveImageResponse {})
     }
 }

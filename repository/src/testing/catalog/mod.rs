@@ -8,6 +8,7 @@ mod pools;
 mod sets;
 mod snapshots;
 mod steward;
+mod traces;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -174,6 +175,8 @@ catalog_of! {
     pin_snapshots(PinSnapshotsRequest) -> PinSnapshotsResponse: |s, r| s.images.pin_all(&r);
     unpin_snapshot(UnpinSnapshotRequest) -> UnpinSnapshotResponse: |s, r| Ok(s.images.unpin(&r));
     list_pins(ListPinsRequest) -> ListPinsResponse: |s, r| Ok(s.images.list_pins(&r));
+    get_read_trace(SnapshotRef) -> GetReadTraceResponse: |s, r| s.images.get_trace(&r);
+    put_read_trace(PutReadTraceRequest) -> PutReadTraceResponse: |s, r| s.images.put_trace(r);
     acquire_lease(AcquireLeaseRequest) -> Lease: |s, r| s.leases.acquire(&r);
     renew_lease(RenewLeaseRequest) -> Lease: |s, r| s.leases.renew(r.lease_id);
     release_lease(ReleaseLeaseRequest) -> ReleaseLeaseResponse: |s, r| {

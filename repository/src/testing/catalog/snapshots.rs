@@ -219,7 +219,9 @@ impl Images {
             return precondition(format!("{} is being persisted", snapshot.name()));
         }
         snapshot.obsolete(generation);
-        Ok(snapshot.wire.clone())
+        let removed = snapshot.wire.clone();
+        self.traces.remove(&(removed.image_id, removed.number));
+        Ok(removed)
     }
 }
 
