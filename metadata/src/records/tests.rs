@@ -202,7 +202,7 @@ proptest! {
         })?;
         comes_back(&ReadTraceRecord {
             image_id: a, number: b, put_unix_ms: c,
-            trace: Some(v1::ReadTrace::of((0..u64::from(n % 9) + 1).map(|i| i * a % 1000))),
+            trace: Some(v1::ReadTrace::of((0..u64::from(n % 9) + 1).map(|i| i * (a % 1000) % 1000))),
         })?;
         comes_back(&DebtRecord {
             pool: n,
