@@ -72,7 +72,7 @@ do_check() {
 do_bench() {
   step "Install what is missing"
   tests/setup.sh
-  cargo build --release --locked -p blobcr-cli -p blobcr-bench
+  cargo build --release --locked -p blobcr-cli -p blobcr-bench -p blobcr-guest-mpi
   exec target/release/blobcr-bench "$@"
 }
 

@@ -8,7 +8,9 @@ mod guest_io;
 mod persist;
 mod restart;
 mod scale;
+mod strategies;
 mod verbs;
+mod weak_scaling;
 
 use std::path::{Path, PathBuf};
 
@@ -29,6 +31,8 @@ pub enum Benchmark {
     Downtime,
     /// A checkpoint of several disks whose applications write on, by strategy: the paper's figures 4 and 5
     CheckpointStrategies,
+    /// An MPI job of 1 to 8 ranks with three global checkpoints, by strategy: the paper's figure 6
+    WeakScaling,
     /// Writes right after a COMMIT against those before it, beside snapshots of qcow2
     AfterCommit,
     /// A virtual machine starts on another host, lazily and after a copy: the paper's figure 7
@@ -75,6 +79,7 @@ impl Benchmark {
             Self::GuestIoDisk => guest_io::run(settings, guest_io::Place::Disk),
             Self::Downtime => downtime::run(settings),
             Self::CheckpointStrategies => checkpoint_strategies::run(settings),
+            Self::WeakScaling => weak_scaling::run(settings),
             Self::AfterCommit => after_commit::run(settings),
             Self::Restart => restart::run(settings),
             Self::Scale => scale::run(settings),
