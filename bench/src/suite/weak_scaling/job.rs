@@ -106,7 +106,7 @@ impl Program {
     pub(super) fn run(&self, way: Way, ranks: &[Rank]) -> Result<Times> {
         let said = self.dir.path().join("said");
         let mut command = Command::new("mpirun.openmpi");
-        command.args(["--allow-run-as-root", "--oversubscribe"]);
+        command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]);
         // Copies between processes need a permission that containers do not give.
         command.args(["--mca", "btl_vader_single_copy_mechanism", "none"]);
         for (number, rank) in ranks.iter().enumerate() {

@@ -12,6 +12,7 @@ use job::{Program, Rank, Size, Way};
 use super::Settings;
 use super::strategies::{MIB, Mirror, STRATEGIES, claim_slowdowns, subjects};
 use crate::mpi_job::{Times, times_to_stable};
+use crate::processor_time;
 use crate::report::{Report, Table};
 
 /// The runs that no checkpoint is asked for in, beside the strategies.
@@ -27,6 +28,16 @@ struct Tables {
     persisting: Table,
     downtime: Table,
     stable: Table,
+    processor: Table,
+}
+
+/// One run of the job.
+struct Ran {
+    times: Times,
+    /// Of each set, until it was stable.
+    stable: Vec<Duration>,
+    /// Seconds of processor time that the mirror and all behind it took until then.
+    processor: f64,
 }
 
 /// One strategy's runs, or those without checkpoints.
@@ -61,6 +72,8 @@ impl Subject {
     /// Runs the job of so many ranks; waits until its checkpoints are stable.
     fn run(&mut self, program: &Program, ranks: usize, tables: &mut Tables) -> anyhow::Result<()> {
         for &(subject, way) in &self.ways {
+            let mirror = self.mirror.cluster().daemon()?.pid();
+            let before = processor_time::of(mirror)?;
             let times = program.run(way, &self.ranks[..ranks])?;
             let mut stable = Vec::new();
             if way == Way::Checkpoint {
@@ -68,7 +81,8 @@ impl Subject {
                 stable = times_to_stable(self.mirror.cluster(), GROUP, sets)?;
                 self.sets += CHECKPOINTS;
             }
-            tables.add(ranks, subject, &times, &stable);
+            let processor = processor_time::of(mirror)? - before;
+            tables.add(ranks, subject, &Ran { times, stable, processor });
         }
         Ok(())
     }
@@ -88,11 +102,14 @@ impl Tables {
             persisting: of("Added run time, over a run that writes its states only", "s", STATE),
             downtime: of("Downtime: a checkpoint, as a rank sees it", "ms", STATE),
             stable: of("From a checkpoint's begin until it is stable", "s", STATE),
+            processor: of("Processor time of mirror and repository, for a run", "s", NOTHING + 1),
         }
     }
 
-    fn add(&mut self, ranks: usize, subject: usize, times: &Times, stable: &[Duration]) {
+    fn add(&mut self, ranks: usize, subject: usize, ran: &Ran) {
         let (label, x) = (label(ranks), Some(ranks as f64));
+        let Ran { times, stable, processor } = ran;
+        self.processor.add_at(&label, x, subject, *processor);
         self.run.add_at(&label, x, subject, times.ran.as_secs_f64());
         if !stable.is_empty() {
             self.downtime.add_at(&label, x, subject, mean(&times.calls) * 1e3);
@@ -162,8 +179,8 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
     let mut report = Report::new("", "A weak-scaling application with three checkpoints");
     report.setup.extend(setup(size));
     claim_slowdowns(&mut report, &tables.persisting);
-    let Tables { run, added, persisting, downtime, stable } = tables;
-    report.tables = vec![run, added, persisting, downtime, stable];
+    let Tables { run, added, persisting, downtime, stable, processor } = tables;
+    report.tables = vec![run, added, persisting, downtime, stable, processor];
     Ok(report)
 }
 
@@ -200,7 +217,8 @@ mod tests {
                 let ran = Duration::from_secs([9, 10, 11, 12, 7, 5][subject] * slower + round);
                 let calls = vec![Duration::from_secs(1), Duration::from_secs(3)];
                 let stable = if subject < STATE { vec![Duration::from_secs(2)] } else { vec![] };
-                tables.add(2, subject, &Times { calls, ran }, &stable);
+                let times = Times { calls, ran };
+                tables.add(2, subject, &Ran { times, stable, processor: 1.5 });
             }
             tables.compare(2);
         }
@@ -210,5 +228,6 @@ mod tests {
         assert_eq!(row(&tables.persisting)[3], [5.0, 15.0]);
         assert_eq!(row(&tables.downtime)[1], [2000.0, 2000.0]);
         assert_eq!(row(&tables.stable)[2], [2.0, 2.0]);
+        assert_eq!(row(&tables.processor)[NOTHING], [1.5, 1.5]);
     }
 }
