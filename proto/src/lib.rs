@@ -11,9 +11,12 @@
 //! | [`policy`] | redundancy and compression of a pool |
 //! | [`record`] | checks that a [`v1::Record`] is what it says it is |
 //! | [`channel`] | frames of a VM's checkpoint channel |
+//! | `exact` | how messages become bytes on the wire (with gRPC only) |
 
 pub mod channel;
 pub mod codec;
+#[cfg(feature = "grpc")]
+pub mod exact;
 pub mod hash;
 pub mod name;
 #[cfg(feature = "planted-bugs")]

@@ -10,7 +10,7 @@ use anyhow::Context;
 use async_trait::async_trait;
 use blobcr_proto::ChunkSize;
 use blobcr_proto::units::IMAGE_SIZE_MAX;
-use blobcr_repository::{ChunkSource, SourceError, SparseSource};
+use blobcr_repository::{ChunkSource, Identified, SourceError, SparseSource};
 use bytes::Bytes;
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 
@@ -129,6 +129,13 @@ impl ChunkSource for RawFile {
         let chunk_size = self.chunk_size;
         let start = index * chunk_size.bytes();
         self.blocking(index, move |opened| opened.chunk(start, chunk_size)).await.map(Some)
+    }
+
+    async fn identified(&self, index: u64) -> Result<Option<Identified>, SourceError> {
+        let chunk_size = self.chunk_size;
+        let start = index * chunk_size.bytes();
+        let read = move |opened: &Opened| Ok(Identified::of(opened.chunk(start, chunk_size)?));
+        self.blocking(index, read).await
     }
 }
 

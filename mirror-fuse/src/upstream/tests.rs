@@ -160,8 +160,8 @@ struct Bytewise(u8);
 
 #[async_trait]
 impl SnapshotChunks for Bytewise {
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, String> {
-        Ok(Some(vec![self.0 + index as u8; CHUNK].into()))
+    async fn identified(&self, index: u64) -> Result<Option<Identified>, String> {
+        Ok(Identified::of(vec![self.0 + index as u8; CHUNK].into()))
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::MutexGuard;
 
 use async_trait::async_trait;
 use blobcr_proto::{ChunkSize, DiskName, Hash};
+use blobcr_repository::Identified;
 use tokio::sync::Semaphore;
 
 use super::super::*;
@@ -338,11 +339,11 @@ impl Upstream for World {
         for chunk in &work.chunks {
             self.step().await;
             self.enter("chunk")?;
-            let bytes = work.source.chunk(*chunk).await.map_err(UpstreamError::Refused)?;
-            match bytes.filter(|bytes| bytes.iter().any(|byte| *byte != 0)) {
-                Some(bytes) => {
-                    assert_eq!(bytes.len(), CHUNK);
-                    content.insert(*chunk, bytes)
+            let bytes = work.source.identified(*chunk).await.map_err(UpstreamError::Refused)?;
+            match bytes {
+                Some(Identified { id, plain }) => {
+                    assert_eq!((id, plain.len()), (Hash::of(&plain), CHUNK));
+                    content.insert(*chunk, plain)
                 }
                 None => content.remove(chunk),
             };
