@@ -103,7 +103,7 @@ fn qcow2(
 }
 
 /// Snapshots of an image of Ceph's that a process has open: by its own call, and by the command. What
-/// was written is flushed before: that of RBD would do it meanwhile.
+/// was written is flushed before, so that nothing but the snapshot counts.
 fn rbd(ceph: &Ceph, samples: u64, mib: u64) -> anyhow::Result<[Latencies; 2]> {
     let image = format!("dirty-{mib}");
     ceph.rbd(&["create", &image, "--size", &format!("{}M", mib + 1)])?;

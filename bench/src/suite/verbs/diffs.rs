@@ -28,7 +28,7 @@ const LIST: [&str; 5] = [
     "rbd export-diff (and the bytes)",
 ];
 const BYTES: [&str; 2] = ["blobcr, the command, and a copy of its ranges", "rbd export-diff"];
-/// Of the target.
+/// What ours may take, in units of theirs.
 const MOST: f64 = 0.5;
 
 /// What is written between two snapshots: so many pieces, as far apart as that.
