@@ -58,8 +58,8 @@ pub(super) fn run(settings: &Settings, part: Part) -> anyhow::Result<Report> {
     let mut report = Report::new("", title);
     report.setup.push(format!(
         "\"The call\" is what a client of the services waits for; \"the command\" has the start of \
-         `blobcr` and its connections besides. Medians of {} calls in each of {} rounds.",
-        samples(settings),
+         `blobcr` and its connections besides. Medians of {} in each of {} rounds.",
+        if part == Part::Diffs { 1 } else { samples(settings) },
         settings.rounds
     ));
     match part {
