@@ -36,12 +36,7 @@ def diff(old, new):
     return len(found)
 
 
-def clone(old, to):
-    rbd.RBD().clone(pool, name, old, pool, to)
-    return 1
-
-
-verbs = {verb.__name__: verb for verb in (write, snapshot, diff, clone)}
+verbs = {verb.__name__: verb for verb in (write, snapshot, diff)}
 print("0 0", flush=True)
 for line in sys.stdin:
     verb, *words = line.split()

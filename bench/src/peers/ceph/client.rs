@@ -86,14 +86,6 @@ impl OpenImage {
     pub fn diff(&mut self, old: &str, new: &str) -> anyhow::Result<(Duration, u64)> {
         self.ask(&format!("diff {old} {new}"))
     }
-
-    /// Makes a clone of a snapshot; returns how long the call took.
-    ///
-    /// # Errors
-    /// When librbd refuses.
-    pub fn clone_snapshot(&mut self, snapshot: &str, to: &str) -> anyhow::Result<Duration> {
-        Ok(self.ask(&format!("clone {snapshot} {to}"))?.0)
-    }
 }
 
 /// Seconds and a count.
