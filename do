@@ -71,7 +71,7 @@ do_check() {
 # bench [NAMES]  Benchmarks beside the alternatives, with JSON, plots and a page; `./do bench --help` lists them
 do_bench() {
   step "Install what is missing"
-  tests/setup.sh
+  tests/setup.sh --bench
   cargo build --release --locked -p blobcr-cli -p blobcr-bench -p blobcr-guest-mpi
   exec target/release/blobcr-bench "$@"
 }

@@ -1,5 +1,5 @@
 //! Downtime of COMMIT, by how much is dirty: the ioctl, and the call that a guest makes through its
-//! VM's channel; beside them external and internal snapshots of a qcow2 file.
+//! VM's channel; beside them external and internal snapshots of a qcow2 file, and those of Ceph RBD.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -11,6 +11,7 @@ use rand::RngCore;
 
 use super::Settings;
 use crate::latency::Latencies;
+use crate::peers::ceph::{Ceph, OpenImage};
 use crate::peers::storage_daemon::{Format, StorageDaemon};
 use crate::report::{Bound, Report, Table};
 use crate::vm_channel::VmChannel;
@@ -23,8 +24,14 @@ const QCOW2_SAMPLES: u64 = 20;
 const QCOW2_MIB: u64 = 16 << 10;
 /// What all COMMITs of one size dirty together, where that is enough for some.
 const OURS_MIB: u64 = 64 << 10;
-const SUBJECTS: [&str; 4] =
-    ["COMMIT (ioctl)", "CHECKPOINT (guest's call)", "qcow2 external", "qcow2 internal"];
+const SUBJECTS: [&str; 6] = [
+    "COMMIT (ioctl)",
+    "CHECKPOINT (guest's call)",
+    "qcow2 external",
+    "qcow2 internal",
+    "RBD (librbd's call)",
+    "rbd snap create",
+];
 
 /// Two contents of a disk, written by turns: every write changes every byte, and yet what has to
 /// be stored stays bounded, because the repository keeps equal chunks once.
@@ -99,6 +106,30 @@ fn qcow2(
     Ok(latencies)
 }
 
+/// Snapshots of an image of Ceph's that a process has open: by its own call, and by the command. What
+/// was written is flushed before, so that nothing but the snapshot counts.
+fn rbd(ceph: &Ceph, samples: u64, mib: u64) -> anyhow::Result<[Latencies; 2]> {
+    let image = format!("dirty-{mib}");
+    ceph.rbd(&["create", &image, "--size", &format!("{}M", mib + 1)])?;
+    let mut open = OpenImage::open(ceph, &image)?;
+    let (mut call, mut command) = (Latencies::new()?, Latencies::new()?);
+    for number in 0..samples {
+        open.write(MIB, MIB, mib)?;
+        call.record(open.snapshot(&format!("call-{number}"))?);
+        open.write(MIB, MIB, mib)?;
+        command.record(ceph.rbd(&["snap", "create", &format!("{image}@command-{number}")])?);
+    }
+    drop(open);
+    ceph.rbd(&["snap", "purge", &image])?;
+    ceph.rbd(&["rm", &image])?;
+    Ok([call, command])
+}
+
+/// Each keeps all that was written before it: as many as there is room for.
+fn rbd_samples(settings: &Settings, mib: u64) -> u64 {
+    settings.size((8192 / mib).clamp(2, 20), 2)
+}
+
 pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
     let sizes: &[u64] = if settings.quick { &[1, 4] } else { &[10, 1024, 4096] };
     // At 4 GiB a COMMIT takes seconds to persist, and a hundred of them the better part of an hour.
@@ -106,10 +137,13 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
     let mut report = Report::new("", "Downtime of a checkpoint, by how much is dirty");
     report.setup.push(format!(
         "Dirtied before each snapshot by writes of 1 MiB; {} COMMITs of each size ({} of the \
-         largest), {QCOW2_SAMPLES} snapshots of qcow2.",
+         largest), {QCOW2_SAMPLES} snapshots of qcow2, {} of Ceph ({} of the largest).",
         samples(1),
-        samples(u64::MAX)
+        samples(u64::MAX),
+        rbd_samples(settings, sizes[0]),
+        rbd_samples(settings, sizes[sizes.len() - 1])
     ));
+    let ceph = settings.ceph(&mut report)?;
     let mut half = Table::new("half of the calls took no longer", "µs", false, &SUBJECTS);
     let mut most = Table::new("99 of 100 calls took no longer", "µs", false, &SUBJECTS);
     let mut worst = Vec::new();
@@ -120,7 +154,11 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
         let external = qcow2(&cluster, qcow2_samples, mib, StorageDaemon::snapshot)?;
         let internal = qcow2(&cluster, qcow2_samples, mib, StorageDaemon::internal_snapshot)?;
         let label = format!("{mib} MiB dirty");
-        for (subject, latencies) in [ioctl, call, external, internal].iter().enumerate() {
+        let mut all = vec![ioctl, call, external, internal];
+        if let Some(ceph) = &ceph {
+            all.extend(rbd(ceph, rbd_samples(settings, mib), mib)?);
+        }
+        for (subject, latencies) in all.iter().enumerate() {
             let summary = latencies.summary();
             half.add(&label, subject, summary.p50_us);
             most.add(&label, subject, summary.p99_us);
