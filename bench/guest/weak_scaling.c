@@ -183,8 +183,6 @@ int main(int argc, char **argv)
         printf("timed: %d call %.0f\n", rank, calls[call] * 1e6);
     printf("timed: %d ran %.0f\n", rank, ran * 1e6);
     close(disk);
-    MPI_Barrier(MPI_COMM_WORLD);
-    usleep(200000);
     MPI_Finalize();
     return 0;
 }

@@ -21,7 +21,6 @@ use blobcr_repository::{
     CatalogError, ChunkSource, Identified, LeaseKeeper, ObjectStore, PersistJob, PersistLimits,
     Progress, Repository, SourceError, persist,
 };
-use bytes::Bytes;
 use tokio::time::timeout;
 
 use crate::disk::{Persisted, SnapshotChunks, SnapshotKey, Upstream, UpstreamError, Work};
@@ -286,12 +285,8 @@ struct Chunks<'a>(&'a dyn SnapshotChunks);
 
 #[async_trait]
 impl ChunkSource for Chunks<'_> {
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, SourceError> {
-        Ok(self.identified(index).await?.map(|chunk| chunk.plain))
-    }
-
-    async fn identified(&self, index: u64) -> Result<Option<Identified>, SourceError> {
-        self.0.identified(index).await.map_err(|error| SourceError::new(index, error))
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, SourceError> {
+        self.0.chunk(index).await.map_err(|error| SourceError::new(index, error))
     }
 }
 

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use blobcr_proto::Hash;
 use bytes::Bytes;
 
-use crate::{cpu, zero};
+use crate::zero;
 
 /// A chunk that its source could not read.
 #[derive(Debug, thiserror::Error)]
@@ -45,15 +45,9 @@ impl Identified {
 /// The bytes that a snapshot is made of.
 #[async_trait]
 pub trait ChunkSource: Send + Sync {
-    /// The plain bytes of chunk `index` as of the snapshot: a whole chunk, with zeros behind the
-    /// image's end. `None`: all zeros (a source that does not know returns the zeros themselves).
-    /// Asked once for each chunk of a job, several at a time.
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, SourceError>;
-
-    /// The same with its identity. A source that reads on a thread that may block finds it out there:
-    /// the bytes are in that core's cache, and it spares waking another thread.
-    async fn identified(&self, index: u64) -> Result<Option<Identified>, SourceError> {
-        let Some(plain) = self.chunk(index).await? else { return Ok(None) };
-        Ok(cpu::run(plain.len(), move || Identified::of(plain)).await)
-    }
+    /// Chunk `index` as of the snapshot: a whole chunk, with zeros behind the image's end. `None`: all
+    /// zeros. The thread that reads it is the one to find out its identity: the bytes are in that
+    /// core's cache, and no other has to be woken. Asked once for each chunk of a job, several at a
+    /// time.
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, SourceError>;
 }

@@ -125,13 +125,7 @@ fn changed() -> Refusal {
 
 #[async_trait]
 impl ChunkSource for RawFile {
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, SourceError> {
-        let chunk_size = self.chunk_size;
-        let start = index * chunk_size.bytes();
-        self.blocking(index, move |opened| opened.chunk(start, chunk_size)).await.map(Some)
-    }
-
-    async fn identified(&self, index: u64) -> Result<Option<Identified>, SourceError> {
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, SourceError> {
         let chunk_size = self.chunk_size;
         let start = index * chunk_size.bytes();
         let read = move |opened: &Opened| Ok(Identified::of(opened.chunk(start, chunk_size)?));
@@ -165,8 +159,8 @@ mod tests {
         let raw = RawFile::temporary(file, ChunkSize::MIN).unwrap();
         assert_eq!(raw.next_data(0).await.unwrap(), Some(0..2));
         assert_eq!(raw.next_data(2).await.unwrap(), None);
-        assert_eq!(raw.chunk(0).await.unwrap().unwrap(), vec![7; 65_536]);
-        let last = raw.chunk(1).await.unwrap().unwrap();
+        assert_eq!(raw.chunk(0).await.unwrap().unwrap().plain, vec![7; 65_536]);
+        let last = raw.chunk(1).await.unwrap().unwrap().plain;
         assert_eq!(last.len(), 65_536);
         assert!(last[..70_000 - 65_536].iter().all(|b| *b == 7));
         assert!(last[70_000 - 65_536..].iter().all(|b| *b == 0));

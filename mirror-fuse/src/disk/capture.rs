@@ -136,7 +136,7 @@ impl Generation {
 
 #[async_trait]
 impl SnapshotChunks for Captures {
-    async fn identified(&self, index: u64) -> Result<Option<Identified>, String> {
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, String> {
         let generation = Arc::clone(&self.generation);
         let snapshot = self.snapshot.clone();
         let common = &self.generation.common;

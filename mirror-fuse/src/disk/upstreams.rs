@@ -72,7 +72,7 @@ pub trait SnapshotChunks: Send + Sync {
     ///
     /// # Errors
     /// When the bytes cannot be had; the snapshot then fails.
-    async fn identified(&self, index: u64) -> Result<Option<Identified>, String>;
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, String>;
 }
 
 /// What is to be made durable as one snapshot.

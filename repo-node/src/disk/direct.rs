@@ -6,8 +6,8 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::OFlags;
@@ -33,8 +33,11 @@ pub(super) struct Direct {
 }
 
 impl Direct {
-    pub(super) fn open(path: &Path, buffer: &Buffer) -> Option<Self> {
+    /// Opens `cached` once more.
+    pub(super) fn of(cached: &File, buffer: &Buffer) -> Option<Self> {
         let direct = OFlags::DIRECT.bits().cast_signed();
+        // Not by its name, which may be another file's by now.
+        let path = format!("/proc/self/fd/{}", cached.as_raw_fd());
         let file = OpenOptions::new().write(true).custom_flags(direct).open(path).ok()?;
         Some(Self { file, buffer: buffer.clone() })
     }

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{FallocateFlags, FlockOperation};
 
@@ -85,13 +85,10 @@ impl RealDisk {
         let handle = File::open(dir).map_err(fail("open", dir))?;
         Ok(Self { dir: dir.to_owned(), handle, buffer: Buffer::default(), _lock: lock })
     }
-}
 
-impl RealDisk {
     fn file(&self, name: &str, how: &OpenOptions) -> io::Result<Arc<dyn DiskFile>> {
-        let path = self.dir.join(name);
-        let cached = how.open(&path)?;
-        Ok(Arc::new(RealFile { cached, direct: Direct::open(&path, &self.buffer) }))
+        let cached = how.open(self.dir.join(name))?;
+        Ok(Arc::new(RealFile { cached, direct: OnceLock::new(), buffer: self.buffer.clone() }))
     }
 }
 
@@ -136,11 +133,14 @@ impl Disk for RealDisk {
     }
 }
 
-/// A file, open once more where large writes can pass by the page cache.
+/// A file.
 #[derive(Debug)]
 struct RealFile {
     cached: File,
-    direct: Option<Direct>,
+    /// Open once more, from the first large write on, where such can pass by the page cache: of most
+    /// files a node only reads.
+    direct: OnceLock<Option<Direct>>,
+    buffer: Buffer,
 }
 
 impl DiskFile for RealFile {
@@ -164,8 +164,8 @@ impl DiskFile for RealFile {
 
     fn write_at(&self, mut offset: u64, mut pieces: &mut [IoSlice<'_>]) -> io::Result<()> {
         let len = pieces.iter().map(|piece| piece.len() as u64).sum();
-        if let Some(direct) = &self.direct
-            && let Some((before, large)) = Direct::part(offset, len)
+        if let Some((before, large)) = Direct::part(offset, len)
+            && let Some(direct) = self.direct.get_or_init(|| Direct::of(&self.cached, &self.buffer))
         {
             let mut head = [0; direct::BLOCK as usize];
             direct::take(&mut pieces, &mut head[..before]);
@@ -245,6 +245,29 @@ mod tests {
             }
         }
         assert!(disk.open("file").unwrap().read_at(0, model.len() + 1).unwrap() == model);
+    }
+
+    /// A node has thousands of segments open.
+    #[test]
+    fn a_file_is_open_once_until_it_gets_a_large_write() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = RealDisk::open(dir.path()).unwrap();
+        let path = dir.path().canonicalize().unwrap().join("file");
+        let open = || {
+            let all = std::fs::read_dir("/proc/self/fd").unwrap();
+            let targets = all.filter_map(|one| std::fs::read_link(one.ok()?.path()).ok());
+            targets.filter(|target| *target == path).count()
+        };
+        let file = disk.create("file").unwrap();
+        file.write_at(0, &mut [IoSlice::new(&[1; 4096])]).unwrap();
+        assert_eq!(open(), 1);
+        file.write_at(4096, &mut [IoSlice::new(&[2; 1 << 20])]).unwrap();
+        let possible = Direct::of(&File::open(&path).unwrap(), &Buffer::default()).is_some();
+        assert_eq!(open(), 1 + usize::from(possible));
+        drop(file);
+        let file = disk.open("file").unwrap();
+        assert_eq!(file.read_at(0, 2 << 20).unwrap().len(), 4096 + (1 << 20));
+        assert_eq!(open(), 1);
     }
 
     #[test]

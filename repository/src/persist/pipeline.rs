@@ -164,7 +164,7 @@ impl Pipeline<'_> {
 
     /// `None` when nothing is left to do: zeros, or content that this job has met before.
     async fn read(&self, index: u64) -> Result<Option<(Hash, Bytes)>, PersistError> {
-        let Some(Identified { id, plain }) = self.job.source.identified(index).await? else {
+        let Some(Identified { id, plain }) = self.job.source.chunk(index).await? else {
             self.report(|found| {
                 found.changes.push((index, None));
                 found.stats.zero_chunks += 1;

@@ -64,7 +64,7 @@ struct Chunks<'a>(&'a Content);
 
 #[async_trait]
 impl SnapshotChunks for Chunks<'_> {
-    async fn identified(&self, index: u64) -> Result<Option<Identified>, String> {
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, String> {
         Ok(self.0.chunk(index as usize).and_then(Identified::of))
     }
 }

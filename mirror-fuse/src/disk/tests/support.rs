@@ -339,7 +339,7 @@ impl Upstream for World {
         for chunk in &work.chunks {
             self.step().await;
             self.enter("chunk")?;
-            let bytes = work.source.identified(*chunk).await.map_err(UpstreamError::Refused)?;
+            let bytes = work.source.chunk(*chunk).await.map_err(UpstreamError::Refused)?;
             match bytes {
                 Some(Identified { id, plain }) => {
                     assert_eq!((id, plain.len()), (Hash::of(&plain), CHUNK));

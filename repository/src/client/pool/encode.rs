@@ -38,10 +38,14 @@ impl RemotePool {
     /// Compresses objects as the pool has it, and cuts them when its policy wants shards; those of one
     /// call on one thread, because several calls are under way at once.
     pub(super) async fn encode(&self, objects: Vec<Object>) -> Result<Vec<Encoded>, StoreError> {
-        let (compressor, stripe) = (Arc::clone(&self.compressor), self.stripe.clone());
+        let compressor = Arc::clone(&self.compressor);
         let bytes = objects.iter().map(|object| object.plain.len()).sum();
+        let stripe_of = |object: Object| (self.stripe_of(object.kind).cloned(), object);
+        let objects: Vec<_> = objects.into_iter().map(stripe_of).collect();
         cpu::run(bytes, move || {
-            let encode = |object| encode(object, &compressor, stripe.as_deref());
+            let encode = |(stripe, object): (Option<Arc<Stripe>>, _)| {
+                encode(object, &compressor, stripe.as_deref())
+            };
             objects.into_iter().map(encode).collect()
         })
         .await
@@ -54,12 +58,14 @@ fn encode(
     stripe: Option<&Stripe>,
 ) -> Result<Encoded, StoreError> {
     let plain_len = plain.len();
-    // Hashes do not compress, and are few.
-    let is_node = kind == RecordKind::TreeNode;
-    let (codec, payload) = if is_node { (Codec::Plain, plain) } else { compressor.encode(plain) };
+    let (codec, payload) = match kind {
+        // Hashes do not compress.
+        RecordKind::TreeNode => (Codec::Plain, plain),
+        _ => compressor.encode(plain),
+    };
     let bytes = payload.len() as u64;
     let record = record::whole(kind, id, codec, plain_len, payload);
-    let records = match stripe.filter(|_| !is_node) {
+    let records = match stripe {
         None => vec![record],
         Some(stripe) => stripe.cut(&record).map_err(|error| StoreError::Damaged {
             kind,
