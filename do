@@ -71,8 +71,8 @@ do_check() {
 # bench [NAMES]  Benchmarks beside the alternatives, with JSON, plots and a page; `./do bench --help` lists them
 do_bench() {
   step "Install what is missing"
-  tests/setup.sh
-  cargo build --release --locked -p blobcr-cli -p blobcr-bench
+  tests/setup.sh --bench
+  cargo build --release --locked -p blobcr-cli -p blobcr-bench -p blobcr-guest-mpi
   exec target/release/blobcr-bench "$@"
 }
 

@@ -14,6 +14,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tonic_prost_build::configure()
         .build_client(grpc)
         .build_server(grpc)
+        .codec_path("crate::exact::ExactCodec")
         // Payloads become slices of the received frame instead of copies.
         .bytes(".")
         .compile_fds(descriptors)?;

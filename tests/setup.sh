@@ -4,6 +4,7 @@
 #
 #   tests/setup.sh            installs
 #   tests/setup.sh --check    only says what is missing (exit code 1 when something is)
+#   tests/setup.sh --bench    also what the benchmarks measure us beside; may come before --check
 set -euo pipefail
 
 # What builds the programs, and what links a static one for the guest.
@@ -20,6 +21,11 @@ packages+=(protobuf-compiler libprotobuf-dev etcd-server etcd-client)
 packages+=(g++ gfortran pkg-config python3 mpich libmpich-dev openmpi-bin libopenmpi-dev)
 # What saves the processes of a job, in the guest.
 packages+=(criu nftables)
+# What the benchmarks measure us beside.
+if [ "${1:-}" = --bench ]; then
+    packages+=(restic borgbackup btrfs-progs ceph-mon ceph-mgr ceph-osd ceph-common)
+    shift
+fi
 # QEMU 9.2 is the first whose sockets reconnect within milliseconds.
 qemu_packages=(qemu-system-x86 qemu-utils)
 qemu_min=9.2

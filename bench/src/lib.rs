@@ -10,6 +10,7 @@ pub mod file_layout;
 pub mod fio;
 pub mod fio_log;
 pub mod latency;
+pub mod mpi_job;
 pub mod peers;
 pub mod processor_time;
 pub mod random_bytes;

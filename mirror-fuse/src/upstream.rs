@@ -18,10 +18,9 @@ use async_trait::async_trait;
 use blobcr_proto::v1::{self, SnapshotState};
 use blobcr_repository::tree::{Geometry, NodeSource, Root};
 use blobcr_repository::{
-    CatalogError, ChunkSource, LeaseKeeper, ObjectStore, PersistJob, PersistLimits, Progress,
-    Repository, SourceError, persist,
+    CatalogError, ChunkSource, Identified, LeaseKeeper, ObjectStore, PersistJob, PersistLimits,
+    Progress, Repository, SourceError, persist,
 };
-use bytes::Bytes;
 use tokio::time::timeout;
 
 use crate::disk::{Persisted, SnapshotChunks, SnapshotKey, Upstream, UpstreamError, Work};
@@ -286,7 +285,7 @@ struct Chunks<'a>(&'a dyn SnapshotChunks);
 
 #[async_trait]
 impl ChunkSource for Chunks<'_> {
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, SourceError> {
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, SourceError> {
         self.0.chunk(index).await.map_err(|error| SourceError::new(index, error))
     }
 }

@@ -12,9 +12,12 @@
 //! | [`record`] | checks that a [`v1::Record`] is what it says it is |
 //! | [`trace`] | in which order the chunks of a snapshot are read first |
 //! | [`channel`] | frames of a VM's checkpoint channel |
+//! | `exact` | how messages become bytes on the wire (with gRPC only) |
 
 pub mod channel;
 pub mod codec;
+#[cfg(feature = "grpc")]
+pub mod exact;
 pub mod hash;
 pub mod name;
 #[cfg(feature = "planted-bugs")]

@@ -42,7 +42,7 @@ pub use persist::{
 };
 pub use reader::{ReadError, SnapshotReader};
 pub use repository::{PoolOpener, Repository};
-pub use source::{ChunkSource, SourceError};
+pub use source::{ChunkSource, Identified, SourceError};
 pub use store::{Object, ObjectStore, StoreError, Stored};
 pub use verify::{Damage, Verification, verify};
 pub use zero::is_zero;

@@ -1,5 +1,5 @@
 //! Downtime of COMMIT, by how much is dirty: the ioctl, and the call that a guest makes through its
-//! VM's channel; beside them external and internal snapshots of a qcow2 file.
+//! VM's channel; beside them external and internal snapshots of a qcow2 file, and those of Ceph RBD.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -11,6 +11,7 @@ use rand::RngCore;
 
 use super::Settings;
 use crate::latency::Latencies;
+use crate::peers::ceph::{Ceph, OpenImage};
 use crate::peers::storage_daemon::{Format, StorageDaemon};
 use crate::report::{Bound, Report, Table};
 use crate::vm_channel::VmChannel;
@@ -19,8 +20,18 @@ const MIB: u64 = 1 << 20;
 const WRITE_BYTES: usize = 1 << 20;
 /// Each of qcow2's external snapshots adds a file to a chain.
 const QCOW2_SAMPLES: u64 = 20;
-const SUBJECTS: [&str; 4] =
-    ["COMMIT (ioctl)", "CHECKPOINT (guest's call)", "qcow2 external", "qcow2 internal"];
+/// Fewer where all of them would keep more than this.
+const QCOW2_MIB: u64 = 16 << 10;
+/// What all COMMITs of one size dirty together, where that is enough for some.
+const OURS_MIB: u64 = 64 << 10;
+const SUBJECTS: [&str; 6] = [
+    "COMMIT (ioctl)",
+    "CHECKPOINT (guest's call)",
+    "qcow2 external",
+    "qcow2 internal",
+    "RBD (librbd's call)",
+    "rbd snap create",
+];
 
 /// Two contents of a disk, written by turns: every write changes every byte, and yet what has to
 /// be stored stays bounded, because the repository keeps equal chunks once.
@@ -95,28 +106,59 @@ fn qcow2(
     Ok(latencies)
 }
 
+/// Snapshots of an image of Ceph's that a process has open: by its own call, and by the command. What
+/// was written is flushed before, so that nothing but the snapshot counts.
+fn rbd(ceph: &Ceph, samples: u64, mib: u64) -> anyhow::Result<[Latencies; 2]> {
+    let image = format!("dirty-{mib}");
+    ceph.rbd(&["create", &image, "--size", &format!("{}M", mib + 1)])?;
+    let mut open = OpenImage::open(ceph, &image)?;
+    let (mut call, mut command) = (Latencies::new()?, Latencies::new()?);
+    for number in 0..samples {
+        open.write(MIB, MIB, mib)?;
+        call.record(open.snapshot(&format!("call-{number}"))?);
+        open.write(MIB, MIB, mib)?;
+        command.record(ceph.rbd(&["snap", "create", &format!("{image}@command-{number}")])?);
+    }
+    drop(open);
+    ceph.rbd(&["snap", "purge", &image])?;
+    ceph.rbd(&["rm", &image])?;
+    Ok([call, command])
+}
+
+/// Each keeps all that was written before it: as many as there is room for.
+fn rbd_samples(settings: &Settings, mib: u64) -> u64 {
+    settings.size((8192 / mib).clamp(2, 20), 2)
+}
+
 pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
     let sizes: &[u64] = if settings.quick { &[1, 4] } else { &[10, 1024, 4096] };
-    // At 4 GiB a COMMIT takes seconds to persist, and 25 of them minutes.
-    let samples = |mib: u64| settings.size(if mib > 1024 { 25 } else { 100 }, 3);
+    // At 4 GiB a COMMIT takes seconds to persist, and a hundred of them the better part of an hour.
+    let samples = |mib: u64| settings.size((OURS_MIB / mib).clamp(16, 100), 3);
     let mut report = Report::new("", "Downtime of a checkpoint, by how much is dirty");
     report.setup.push(format!(
         "Dirtied before each snapshot by writes of 1 MiB; {} COMMITs of each size ({} of the \
-         largest), {QCOW2_SAMPLES} snapshots of qcow2.",
-        samples(0),
-        samples(u64::MAX)
+         largest), {QCOW2_SAMPLES} snapshots of qcow2, {} of Ceph ({} of the largest).",
+        samples(1),
+        samples(u64::MAX),
+        rbd_samples(settings, sizes[0]),
+        rbd_samples(settings, sizes[sizes.len() - 1])
     ));
+    let ceph = settings.ceph(&mut report)?;
     let mut half = Table::new("half of the calls took no longer", "µs", false, &SUBJECTS);
     let mut most = Table::new("99 of 100 calls took no longer", "µs", false, &SUBJECTS);
     let mut worst = Vec::new();
     let cluster = settings.cluster(&settings.disk_dir, &[])?;
     for &mib in sizes {
         let [ioctl, call] = ours(&cluster, samples(mib), mib)?;
-        let qcow2_samples = settings.size(QCOW2_SAMPLES, 2);
+        let qcow2_samples = settings.size((QCOW2_MIB / mib).clamp(4, QCOW2_SAMPLES), 2);
         let external = qcow2(&cluster, qcow2_samples, mib, StorageDaemon::snapshot)?;
         let internal = qcow2(&cluster, qcow2_samples, mib, StorageDaemon::internal_snapshot)?;
         let label = format!("{mib} MiB dirty");
-        for (subject, latencies) in [ioctl, call, external, internal].iter().enumerate() {
+        let mut all = vec![ioctl, call, external, internal];
+        if let Some(ceph) = &ceph {
+            all.extend(rbd(ceph, rbd_samples(settings, mib), mib)?);
+        }
+        for (subject, latencies) in all.iter().enumerate() {
             let summary = latencies.summary();
             half.add(&label, subject, summary.p50_us);
             most.add(&label, subject, summary.p99_us);
@@ -125,6 +167,11 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
             }
         }
     }
+    report.setup.push(format!(
+        "Fewer of both where more is dirty than {} GiB (ours) or {} GiB (qcow2) together.",
+        OURS_MIB / 1024,
+        QCOW2_MIB / 1024
+    ));
     let (least, greatest) =
         worst.iter().fold((f64::MAX, 0.0_f64), |(a, b), p99| (a.min(*p99), b.max(*p99)));
     report.claim("p99 of COMMIT's ioctl", Bound::AtMost(1000.0), Some(greatest), "µs");

@@ -8,7 +8,9 @@ mod guest_io;
 mod persist;
 mod restart;
 mod scale;
+mod strategies;
 mod verbs;
+mod weak_scaling;
 
 use std::path::{Path, PathBuf};
 
@@ -16,6 +18,7 @@ use blobcr_tests::cluster::Cluster;
 use clap::ValueEnum;
 use tempfile::TempDir;
 
+use crate::peers::ceph::Ceph;
 use crate::report::Report;
 
 /// What there is to run.
@@ -25,21 +28,25 @@ pub enum Benchmark {
     GuestIoMemory,
     /// Reads and writes of a guest where files are on a disk
     GuestIoDisk,
-    /// COMMIT and a guest's CHECKPOINT, by how much is dirty, beside snapshots of qcow2
+    /// COMMIT and a guest's CHECKPOINT, by how much is dirty, beside snapshots of qcow2 and of Ceph RBD
     Downtime,
     /// A checkpoint of several disks whose applications write on, by strategy: the paper's figures 4 and 5
     CheckpointStrategies,
+    /// An MPI job of 1 to 8 ranks with three global checkpoints, by strategy: the paper's figure 6
+    WeakScaling,
     /// Writes right after a COMMIT against those before it, beside snapshots of qcow2
     AfterCommit,
     /// A virtual machine starts on another host, lazily and after a copy: the paper's figure 7
     Restart,
     /// Many hosts that commit at once, and a model of thousands
     Scale,
-    /// How fast a COMMIT becomes stable, by content and policy, beside restic, borg and qemu-img
+    /// How fast a COMMIT becomes stable, by content and policy, beside restic, borg, qemu-img and rbd import-diff
     Persist,
     /// Attach, clone, roll back and diff by the size of the image and by what was written
     Verbs,
-    /// The same, and reads, by the number of snapshots
+    /// Diff of two snapshots of a full image, beside rbd diff and rbd export-diff
+    VerbsDiff,
+    /// The same as verbs, and reads, by the number of snapshots
     VerbsSnapshots,
     /// A thousand disks of one snapshot, and an agent's step
     VerbsFork,
@@ -75,11 +82,13 @@ impl Benchmark {
             Self::GuestIoDisk => guest_io::run(settings, guest_io::Place::Disk),
             Self::Downtime => downtime::run(settings),
             Self::CheckpointStrategies => checkpoint_strategies::run(settings),
+            Self::WeakScaling => weak_scaling::run(settings),
             Self::AfterCommit => after_commit::run(settings),
             Self::Restart => restart::run(settings),
             Self::Scale => scale::run(settings),
             Self::Persist => persist::run(settings),
             Self::Verbs => verbs::run(settings, verbs::Part::Sizes),
+            Self::VerbsDiff => verbs::run(settings, verbs::Part::Diffs),
             Self::VerbsSnapshots => verbs::run(settings, verbs::Part::Snapshots),
             Self::VerbsFork => verbs::run(settings, verbs::Part::Forks),
         }?;
@@ -103,6 +112,22 @@ impl Settings {
 
     fn cluster(&self, parent: &Path, args: &[&str]) -> anyhow::Result<Cluster> {
         Cluster::start_in(self.scratch(parent)?, args)
+    }
+
+    /// Ceph on the disk, where it is installed; elsewhere the report says that it is not.
+    fn ceph(&self, report: &mut Report) -> anyhow::Result<Option<Ceph>> {
+        if !Ceph::is_installed() {
+            let packages = "ceph-mon, ceph-mgr, ceph-osd, ceph-common";
+            let said = format!("Ceph (Debian: {packages}) is not installed, and was not measured.");
+            report.setup.push(said);
+            return Ok(None);
+        }
+        report.setup.push(
+            "Ceph: one monitor, one manager and one OSD on this host, one copy of everything; its \
+             object maps and fast diff are on."
+                .to_owned(),
+        );
+        Ok(Some(Ceph::start(&std::path::absolute(&self.disk_dir)?)?))
     }
 }
 

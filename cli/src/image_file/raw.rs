@@ -10,7 +10,7 @@ use anyhow::Context;
 use async_trait::async_trait;
 use blobcr_proto::ChunkSize;
 use blobcr_proto::units::IMAGE_SIZE_MAX;
-use blobcr_repository::{ChunkSource, SourceError, SparseSource};
+use blobcr_repository::{ChunkSource, Identified, SourceError, SparseSource};
 use bytes::Bytes;
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 
@@ -125,10 +125,11 @@ fn changed() -> Refusal {
 
 #[async_trait]
 impl ChunkSource for RawFile {
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, SourceError> {
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, SourceError> {
         let chunk_size = self.chunk_size;
         let start = index * chunk_size.bytes();
-        self.blocking(index, move |opened| opened.chunk(start, chunk_size)).await.map(Some)
+        let read = move |opened: &Opened| Ok(Identified::of(opened.chunk(start, chunk_size)?));
+        self.blocking(index, read).await
     }
 }
 
@@ -158,8 +159,8 @@ mod tests {
         let raw = RawFile::temporary(file, ChunkSize::MIN).unwrap();
         assert_eq!(raw.next_data(0).await.unwrap(), Some(0..2));
         assert_eq!(raw.next_data(2).await.unwrap(), None);
-        assert_eq!(raw.chunk(0).await.unwrap().unwrap(), vec![7; 65_536]);
-        let last = raw.chunk(1).await.unwrap().unwrap();
+        assert_eq!(raw.chunk(0).await.unwrap().unwrap().plain, vec![7; 65_536]);
+        let last = raw.chunk(1).await.unwrap().unwrap().plain;
         assert_eq!(last.len(), 65_536);
         assert!(last[..70_000 - 65_536].iter().all(|b| *b == 7));
         assert!(last[70_000 - 65_536..].iter().all(|b| *b == 0));

@@ -69,6 +69,16 @@ pub(super) fn present_runs(map: &Map, shape: Shape, chunk: u64) -> Vec<Sectors> 
     runs
 }
 
+/// The runs' bytes, together `len`.
+fn packed(delta: &Delta, start: u64, present: &[Sectors], len: usize) -> Result<Bytes, DiskError> {
+    if let [run] = present {
+        return Ok(delta.read_new(start + run.start_byte() as u64, len)?.into());
+    }
+    let mut bytes = vec![0; len];
+    pack(delta, start, present, &mut bytes)?;
+    Ok(bytes.into())
+}
+
 fn pack(delta: &Delta, start: u64, present: &[Sectors], out: &mut [u8]) -> Result<(), DiskError> {
     let mut at = 0;
     for run in present {
@@ -97,9 +107,8 @@ impl Copier<'_> {
         if room != Room::Spill
             && let Some(share) = self.budgets.take_memory(len as u64)
         {
-            let mut bytes = vec![0; len];
-            pack(self.delta, start, &present, &mut bytes)?;
-            let packed = Packed::Memory { bytes: bytes.into(), _share: share };
+            let bytes = packed(self.delta, start, &present, len)?;
+            let packed = Packed::Memory { bytes, _share: share };
             return Ok(Some(Content { present, packed }));
         }
         if room == Room::Memory {
@@ -114,9 +123,9 @@ impl Copier<'_> {
     /// Reads a chunk's sectors for a reader that is bounded by itself; its lock must be held.
     pub(super) fn read(&self, chunk: u64) -> Result<Content, DiskError> {
         let present = present_runs(self.map, self.shape, chunk);
-        let mut bytes = vec![0; present.iter().map(|run| run.bytes()).sum()];
-        pack(self.delta, self.shape.chunk_start(chunk), &present, &mut bytes)?;
-        Ok(Content { present, packed: Packed::Borrowed(bytes.into()) })
+        let len = present.iter().map(|run| run.bytes()).sum();
+        let bytes = packed(self.delta, self.shape.chunk_start(chunk), &present, len)?;
+        Ok(Content { present, packed: Packed::Borrowed(bytes) })
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use blobcr_repository::Identified;
 use bytes::Bytes;
 
 use super::DiskError;
@@ -37,11 +38,10 @@ enum Captured {
 
 /// The same as bytes: what was aside is given up.
 enum Got {
-    /// All of it, without a copy.
-    Whole(Bytes),
+    /// All of it; nothing when it is zeros.
+    Whole(Option<Identified>),
     /// But for these sectors, which the base has.
     Part(Vec<u8>, Vec<Sectors>),
-    Zeros,
     Gone,
 }
 
@@ -65,6 +65,30 @@ impl Generation {
         };
         self.map.set_mark(chunk, Mark { captured: true, ..mark });
         Ok(content)
+    }
+
+    /// Takes a chunk's content and finds out its identity, if all of its bytes are here. Blocks.
+    fn read_captured(&self, snapshot: &Pending, chunk: u64) -> Result<Got, DiskError> {
+        let captured = self.capture(snapshot, chunk)?;
+        // A writer that has no room for a copy may not need one any more.
+        self.common.budgets().freed().notify_waiters();
+        let content = match &captured {
+            Captured::Zeros => return Ok(Got::Whole(None)),
+            Captured::Gone => return Ok(Got::Gone),
+            Captured::Read(content) => content,
+            Captured::Aside(aside) => aside.content(),
+        };
+        let size = self.shape.chunk_size.len();
+        if let Some(whole) = content.whole(size) {
+            return Ok(Got::Whole(Identified::of(whole)));
+        }
+        let mut bytes = vec![0; size];
+        content.unpack(&mut bytes)?;
+        let absent = content.absent(self.shape.chunk_sectors(chunk));
+        if absent.is_empty() {
+            return Ok(Got::Whole(Identified::of(bytes.into())));
+        }
+        Ok(Got::Part(bytes, absent))
     }
 
     /// The copy of a chunk as of `snapshot`, the oldest pending one, if there is one.
@@ -112,41 +136,22 @@ impl Generation {
 
 #[async_trait]
 impl SnapshotChunks for Captures {
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, String> {
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, String> {
         let generation = Arc::clone(&self.generation);
         let snapshot = self.snapshot.clone();
-        let read = move || -> Result<_, DiskError> {
-            let captured = generation.capture(&snapshot, index)?;
-            let content = match &captured {
-                Captured::Zeros => return Ok(Got::Zeros),
-                Captured::Gone => return Ok(Got::Gone),
-                Captured::Read(content) => content,
-                Captured::Aside(aside) => aside.content(),
-            };
-            let size = generation.shape.chunk_size.len();
-            if let Some(whole) = content.whole(size) {
-                return Ok(Got::Whole(whole));
-            }
-            let mut chunk = vec![0; size];
-            content.unpack(&mut chunk)?;
-            Ok(Got::Part(chunk, content.absent(generation.shape.chunk_sectors(index))))
-        };
         let common = &self.generation.common;
+        let read = move || generation.read_captured(&snapshot, index);
         let got = common.blocking(read).await.map_err(|error| error.to_string())?;
-        // A writer that has no room for a copy may not need one any more.
-        common.budgets().freed().notify_waiters();
         match got {
-            Got::Zeros => Ok(None),
             Got::Gone => Err(format!(
                 "chunk {index} was overwritten after its snapshot was taken and before it could \
                  be kept, because the snapshot before it failed"
             )),
-            Got::Whole(chunk) => Ok(Some(chunk)),
+            Got::Whole(chunk) => Ok(chunk),
             Got::Part(mut chunk, absent) => {
-                if !absent.is_empty() {
-                    self.fill(index, &absent, &mut chunk).await?;
-                }
-                Ok(Some(chunk.into()))
+                self.fill(index, &absent, &mut chunk).await?;
+                let identify = move || Ok(Identified::of(chunk.into()));
+                common.blocking(identify).await.map_err(|error| error.to_string())
             }
         }
     }

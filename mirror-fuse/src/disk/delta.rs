@@ -2,11 +2,12 @@
 //! does not say that a sector is present.
 
 use std::fs::File;
-use std::io::IoSliceMut;
+use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use rustix::buffer::spare_capacity;
 use rustix::fs::{Advice, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
@@ -50,6 +51,23 @@ impl Delta {
     pub(super) fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DiskError> {
         let read = self.file.read_exact_at(out, offset);
         read.map_err(|error| self.files.error(Which::Delta, "read", error))
+    }
+
+    /// Reads into memory that was not cleared for it.
+    pub(super) fn read_new(&self, offset: u64, len: usize) -> Result<Vec<u8>, DiskError> {
+        let failed = |error| self.files.error(Which::Delta, "read", error);
+        let mut bytes = Vec::with_capacity(len);
+        while bytes.len() < len {
+            let at = offset + bytes.len() as u64;
+            match rustix::io::pread(&self.file, spare_capacity(&mut bytes), at) {
+                Ok(0) => return Err(failed(io::ErrorKind::UnexpectedEof.into())),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(failed(error.into())),
+            }
+        }
+        // There may be more room than was asked for.
+        bytes.truncate(len);
+        Ok(bytes)
     }
 
     /// Reads what is in the host's page cache; `false`: not all of it is.

@@ -29,7 +29,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::fs::SeekFrom;
 
 use super::DiskError;
@@ -150,6 +150,10 @@ impl Map {
         let memory = MmapOptions::new()
             .map_raw(&file)
             .map_err(|error| files.error(Which::Map, "map", error))?;
+        // Readahead would fill megabytes of memory with what is mostly holes, at the first touch.
+        memory
+            .advise(Advice::Random)
+            .map_err(|error| files.error(Which::Map, "advise on", error))?;
         let extents = memory.len() / EXTENT;
         let reserved: Box<[AtomicU64]> =
             (0..extents.div_ceil(BITS)).map(|_| AtomicU64::new(0)).collect();
@@ -271,6 +275,12 @@ impl Map {
             if start >= end_of_records {
                 break;
             }
+            // Only for speed: these are pages that do hold something.
+            let _ = self.memory.advise_range(
+                Advice::WillNeed,
+                start as usize,
+                (end.min(self.memory.len() as u64) - start) as usize,
+            );
             let first = (start.max(RECORDS_AT as u64) - RECORDS_AT as u64) / record;
             let behind = end.min(end_of_records) - RECORDS_AT as u64;
             for chunk in first.max(next)..behind.div_ceil(record) {

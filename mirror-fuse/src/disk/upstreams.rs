@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use blobcr_proto::v1;
+use blobcr_repository::Identified;
 use bytes::Bytes;
 
 use super::{BaseError, UpstreamError};
@@ -71,12 +72,12 @@ pub struct SnapshotKey {
 /// The bytes of a snapshot that is being persisted.
 #[async_trait]
 pub trait SnapshotChunks: Send + Sync {
-    /// The whole chunk as of the snapshot, with zeros behind the disk's end; `None`: all zeros.
-    /// May be asked once for each chunk of the work, several at a time.
+    /// The whole chunk as of the snapshot, with zeros behind the disk's end, and its identity;
+    /// `None`: all zeros. May be asked once for each chunk of the work, several at a time.
     ///
     /// # Errors
     /// When the bytes cannot be had; the snapshot then fails.
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, String>;
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, String>;
 }
 
 /// What is to be made durable as one snapshot.

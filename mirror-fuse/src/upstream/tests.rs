@@ -5,6 +5,7 @@ use blobcr_proto::v1::RecordKind;
 use blobcr_proto::{ChunkSize, DiskName};
 use blobcr_repository::testing::{MemoryCatalog, MemoryDisk, MemoryPool, memory_repository};
 use blobcr_repository::{LEASE_TTL, NewImage, SnapshotReader, StoreError, import};
+use bytes::Bytes;
 
 use super::*;
 use crate::disk::{
@@ -160,8 +161,8 @@ struct Bytewise(u8);
 
 #[async_trait]
 impl SnapshotChunks for Bytewise {
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, String> {
-        Ok(Some(vec![self.0 + index as u8; CHUNK].into()))
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, String> {
+        Ok(Identified::of(vec![self.0 + index as u8; CHUNK].into()))
     }
 }
 

@@ -12,9 +12,9 @@ use blobcr_proto::{ChunkSize, v1};
 use blobcr_repository::import::{NewImage, SparseSource, import};
 use blobcr_repository::testing::{MemoryCatalog, MemoryPool, memory_repository};
 use blobcr_repository::{
-    CatalogError, ChunkSource, LEASE_TTL, LeaseKeeper, PersistLimits, Repository, SourceError,
+    CatalogError, ChunkSource, Identified, LEASE_TTL, LeaseKeeper, PersistLimits, Repository,
+    SourceError,
 };
-use bytes::Bytes;
 use tokio::runtime::Runtime;
 
 /// The smallest chunks: the most borders in the least bytes.
@@ -25,11 +25,11 @@ struct Memory(Vec<u8>);
 
 #[async_trait]
 impl ChunkSource for Memory {
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, SourceError> {
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, SourceError> {
         let at = (index * CHUNK) as usize;
         let mut chunk = self.0[at..self.0.len().min(at + CHUNK as usize)].to_vec();
         chunk.resize(CHUNK as usize, 0);
-        Ok(Some(chunk.into()))
+        Ok(Identified::of(chunk.into()))
     }
 }
 

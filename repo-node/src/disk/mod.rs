@@ -4,6 +4,7 @@
 //! crash tests can put a disk underneath that loses what was not synced, tears writes, runs full
 //! and fails.
 
+mod direct;
 mod real;
 
 use std::fmt;

@@ -2,11 +2,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{FallocateFlags, FlockOperation};
 
+use super::direct::{self, Buffer, Direct};
 use super::{Disk, DiskFile, Space};
 
 /// The file whose lock says that a process has the directory.
@@ -20,6 +22,7 @@ const PIECES_PER_WRITE_MAX: usize = 1024;
 pub struct RealDisk {
     dir: PathBuf,
     handle: File,
+    buffer: Buffer,
     _lock: File,
 }
 
@@ -80,20 +83,22 @@ impl RealDisk {
         lock.set_len(0).map_err(fail("write", &path))?;
         write!(lock, "process {}", std::process::id()).map_err(fail("write", &path))?;
         let handle = File::open(dir).map_err(fail("open", dir))?;
-        Ok(Self { dir: dir.to_owned(), handle, _lock: lock })
+        Ok(Self { dir: dir.to_owned(), handle, buffer: Buffer::default(), _lock: lock })
+    }
+
+    fn file(&self, name: &str, how: &OpenOptions) -> io::Result<Arc<dyn DiskFile>> {
+        let cached = how.open(self.dir.join(name))?;
+        Ok(Arc::new(RealFile { cached, direct: OnceLock::new(), buffer: self.buffer.clone() }))
     }
 }
 
 impl Disk for RealDisk {
     fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
-        let path = self.dir.join(name);
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
-        Ok(Arc::new(RealFile(file)))
+        self.file(name, OpenOptions::new().read(true).write(true).create_new(true))
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
-        let file = OpenOptions::new().read(true).write(true).open(self.dir.join(name))?;
-        Ok(Arc::new(RealFile(file)))
+        self.file(name, OpenOptions::new().read(true).write(true))
     }
 
     fn list(&self) -> io::Result<Vec<String>> {
@@ -128,19 +133,26 @@ impl Disk for RealDisk {
     }
 }
 
+/// A file.
 #[derive(Debug)]
-struct RealFile(File);
+struct RealFile {
+    cached: File,
+    /// Open once more, from the first large write on, where such can pass by the page cache: of most
+    /// files a node only reads.
+    direct: OnceLock<Option<Direct>>,
+    buffer: Buffer,
+}
 
 impl DiskFile for RealFile {
     fn length(&self) -> io::Result<u64> {
-        Ok(self.0.metadata()?.len())
+        Ok(self.cached.metadata()?.len())
     }
 
     fn read_at(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(len);
         while bytes.len() < len {
             let at = offset + bytes.len() as u64;
-            match rustix::io::pread(&self.0, rustix::buffer::spare_capacity(&mut bytes), at) {
+            match rustix::io::pread(&self.cached, rustix::buffer::spare_capacity(&mut bytes), at) {
                 Ok(0) => break,
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
@@ -151,9 +163,20 @@ impl DiskFile for RealFile {
     }
 
     fn write_at(&self, mut offset: u64, mut pieces: &mut [IoSlice<'_>]) -> io::Result<()> {
+        let len = pieces.iter().map(|piece| piece.len() as u64).sum();
+        if let Some((before, large)) = Direct::part(offset, len)
+            && let Some(direct) = self.direct.get_or_init(|| Direct::of(&self.cached, &self.buffer))
+        {
+            let mut head = [0; direct::BLOCK as usize];
+            direct::take(&mut pieces, &mut head[..before]);
+            self.cached.write_all_at(&head[..before], offset)?;
+            offset += before as u64;
+            direct.write(&self.cached, offset, large, &mut pieces)?;
+            offset += large;
+        }
         while !pieces.is_empty() {
             let now = pieces.len().min(PIECES_PER_WRITE_MAX);
-            match rustix::io::pwritev(&self.0, &pieces[..now], offset) {
+            match rustix::io::pwritev(&self.cached, &pieces[..now], offset) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => {
                     offset += written as u64;
@@ -167,14 +190,93 @@ impl DiskFile for RealFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.sync_data()
+        self.cached.sync_data()
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
+        self.cached.set_len(len)
     }
 
     fn allocate(&self, len: u64) -> io::Result<()> {
-        rustix::fs::fallocate(&self.0, FallocateFlags::empty(), 0, len).map_err(Into::into)
+        rustix::fs::fallocate(&self.cached, FallocateFlags::empty(), 0, len).map_err(Into::into)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+
+    /// Below `parent`: appends of all lengths and cuts, as the store does them, and single blocks over
+    /// what is there.
+    fn writes_and_reads_back(parent: &Path) {
+        let dir = tempfile::tempdir_in(parent).unwrap();
+        let disk = RealDisk::open(dir.path()).unwrap();
+        let file = disk.create("file").unwrap();
+        let mut random = rand::rngs::StdRng::seed_from_u64(7);
+        let mut model: Vec<u8> = Vec::new();
+        for round in 0..200 {
+            let at = match round % 10 {
+                8 => random.random_range(0..=model.len()),
+                9 => {
+                    let cut = random.random_range(0..=model.len());
+                    file.truncate(cut as u64).unwrap();
+                    model.truncate(cut);
+                    cut
+                }
+                _ => model.len(),
+            };
+            let most = if random.random_ratio(1, 8) { 3 << 20 } else { 300 << 10 };
+            let mut bytes = vec![0; random.random_range(1..most)];
+            random.fill(&mut bytes[..]);
+            let parts = [random.random_range(0..=bytes.len()), bytes.len()];
+            let mut pieces = [
+                IoSlice::new(&bytes[..parts[0] / 2]),
+                IoSlice::new(&bytes[parts[0] / 2..parts[0]]),
+                IoSlice::new(&bytes[parts[0]..]),
+            ];
+            file.write_at(at as u64, &mut pieces).unwrap();
+            model.resize(model.len().max(at + bytes.len()), 0);
+            model[at..at + bytes.len()].copy_from_slice(&bytes);
+            if round % 16 == 0 {
+                file.sync().unwrap();
+                assert!(file.read_at(0, model.len() + 1).unwrap() == model, "round {round}");
+            }
+        }
+        assert!(disk.open("file").unwrap().read_at(0, model.len() + 1).unwrap() == model);
+    }
+
+    /// A node has thousands of segments open.
+    #[test]
+    fn a_file_is_open_once_until_it_gets_a_large_write() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = RealDisk::open(dir.path()).unwrap();
+        let path = dir.path().canonicalize().unwrap().join("file");
+        let open = || {
+            let all = std::fs::read_dir("/proc/self/fd").unwrap();
+            let targets = all.filter_map(|one| std::fs::read_link(one.ok()?.path()).ok());
+            targets.filter(|target| *target == path).count()
+        };
+        let file = disk.create("file").unwrap();
+        file.write_at(0, &mut [IoSlice::new(&[1; 4096])]).unwrap();
+        assert_eq!(open(), 1);
+        file.write_at(4096, &mut [IoSlice::new(&[2; 1 << 20])]).unwrap();
+        let possible = Direct::of(&File::open(&path).unwrap(), &Buffer::default()).is_some();
+        assert_eq!(open(), 1 + usize::from(possible));
+        drop(file);
+        let file = disk.open("file").unwrap();
+        assert_eq!(file.read_at(0, 2 << 20).unwrap().len(), 4096 + (1 << 20));
+        assert_eq!(open(), 1);
+    }
+
+    #[test]
+    fn large_and_small_writes_are_one_file() {
+        writes_and_reads_back(&std::env::temp_dir());
+    }
+
+    #[test]
+    fn a_file_system_in_memory_does_as_well() {
+        writes_and_reads_back(Path::new("/dev/shm"));
     }
 }

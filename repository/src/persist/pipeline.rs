@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::retry::Retry;
 use super::{PersistError, PersistJob, Persisted, Progress};
 use crate::tree::{self, Change, NewNode, NodeSource};
-use crate::{Object, ObjectStore, StoreError, Stored, cpu, zero};
+use crate::{Identified, Object, ObjectStore, StoreError, Stored};
 
 /// Questions which chunks are missing under way at once: the next is on its way while one waits.
 const TOUCHES_AT_ONCE: usize = 2;
@@ -164,13 +164,7 @@ impl Pipeline<'_> {
 
     /// `None` when nothing is left to do: zeros, or content that this job has met before.
     async fn read(&self, index: u64) -> Result<Option<(Hash, Bytes)>, PersistError> {
-        let plain = self.job.source.chunk(index).await?;
-        let chunk = self.job.geometry.chunk_size.len();
-        if let Some(plain) = plain.as_ref().filter(|plain| plain.len() != chunk) {
-            let text = format!("chunk {index} has {} bytes instead of {chunk}", plain.len());
-            return Err(PersistError::Invalid(text));
-        }
-        let Some(plain) = plain.filter(|plain| !zero::is_zero(plain)) else {
+        let Some(Identified { id, plain }) = self.job.source.chunk(index).await? else {
             self.report(|found| {
                 found.changes.push((index, None));
                 found.stats.zero_chunks += 1;
@@ -178,8 +172,11 @@ impl Pipeline<'_> {
             });
             return Ok(None);
         };
-        let to_hash = plain.clone();
-        let id = cpu::run(plain.len(), move || Hash::of(&to_hash)).await;
+        let chunk = self.job.geometry.chunk_size.len();
+        if plain.len() != chunk {
+            let text = format!("chunk {index} has {} bytes instead of {chunk}", plain.len());
+            return Err(PersistError::Invalid(text));
+        }
         let first = {
             let mut found = self.found();
             found.changes.push((index, Some(id)));

@@ -9,7 +9,7 @@ use rand::{RngCore, SeedableRng, rngs::StdRng};
 use super::*;
 use crate::testing::{MemoryDisk, MemoryPool, PoolOperation};
 use crate::tree::FanOut;
-use crate::{SnapshotReader, nodes::CachedNodes};
+use crate::{Identified, SnapshotReader, nodes::CachedNodes};
 
 const CHUNK: ChunkSize = ChunkSize::MIN;
 const CHUNK_LEN: usize = CHUNK.len();
@@ -266,10 +266,10 @@ struct Failing;
 
 #[async_trait::async_trait]
 impl ChunkSource for Failing {
-    async fn chunk(&self, index: u64) -> Result<Option<bytes::Bytes>, SourceError> {
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, SourceError> {
         match index {
             0 => Ok(None),
-            1 => Ok(Some(bytes::Bytes::from_static(b"short"))),
+            1 => Ok(Identified::of(bytes::Bytes::from_static(b"short"))),
             _ => Err(SourceError::new(index, "the disk is broken")),
         }
     }

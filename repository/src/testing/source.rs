@@ -5,10 +5,9 @@ use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
 use blobcr_proto::ChunkSize;
-use bytes::Bytes;
 
 use crate::import::SparseSource;
-use crate::source::{ChunkSource, SourceError};
+use crate::source::{ChunkSource, Identified, SourceError};
 
 /// A disk in memory, to persist or import, that remembers which chunks were read.
 #[derive(Debug)]
@@ -46,11 +45,11 @@ impl MemoryDisk {
 
 #[async_trait]
 impl ChunkSource for MemoryDisk {
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, SourceError> {
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, SourceError> {
         self.reads.lock().unwrap_or_else(PoisonError::into_inner).push(index);
         let mut chunk = self.piece(index).to_vec();
         chunk.resize(self.chunk_size.len(), 0);
-        Ok(Some(chunk.into()))
+        Ok(Identified::of(chunk.into()))
     }
 }
 

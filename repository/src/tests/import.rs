@@ -6,7 +6,7 @@ use rand::{RngCore, SeedableRng, rngs::StdRng};
 
 use super::*;
 use crate::testing::{MemoryCatalog, MemoryDisk, MemoryPool, PoolOperation, memory_repository};
-use crate::{LEASE_TTL, StoreError};
+use crate::{Identified, LEASE_TTL, StoreError};
 
 const CHUNK: ChunkSize = ChunkSize::MIN;
 
@@ -136,7 +136,7 @@ async fn a_disk_too_large_or_a_pool_that_is_not_there_is_refused() {
     struct Huge;
     #[async_trait]
     impl ChunkSource for Huge {
-        async fn chunk(&self, _: u64) -> Result<Option<bytes::Bytes>, SourceError> {
+        async fn chunk(&self, _: u64) -> Result<Option<Identified>, SourceError> {
             Ok(None)
         }
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use blobcr_proto::v1;
-use blobcr_repository::{ChunkSource, PersistJob, PersistLimits, SourceError, is_zero, persist};
+use blobcr_repository::{ChunkSource, Identified, PersistJob, PersistLimits, SourceError, persist};
 use blobcr_steward::collect;
 use bytes::Bytes;
 use rand::rngs::StdRng;
@@ -27,11 +27,11 @@ struct Slow<'a> {
 
 #[async_trait]
 impl ChunkSource for Slow<'_> {
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, SourceError> {
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, SourceError> {
         tokio::time::sleep(self.pause).await;
         let from = index as usize * CHUNK;
         let piece = &self.bytes[from..from + CHUNK];
-        Ok((!is_zero(piece)).then(|| Bytes::copy_from_slice(piece)))
+        Ok(Identified::of(Bytes::copy_from_slice(piece)))
     }
 }
 

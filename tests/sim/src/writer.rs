@@ -8,8 +8,7 @@ use async_trait::async_trait;
 use blobcr_mirror_fuse::disk::{SnapshotChunks, SnapshotKey, Upstream, UpstreamError, Work};
 use blobcr_mirror_fuse::upstream::RepositoryUpstream;
 use blobcr_proto::v1;
-use blobcr_repository::{PersistLimits, Repository};
-use bytes::Bytes;
+use blobcr_repository::{Identified, PersistLimits, Repository};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
@@ -65,8 +64,8 @@ struct Chunks<'a>(&'a Content);
 
 #[async_trait]
 impl SnapshotChunks for Chunks<'_> {
-    async fn chunk(&self, index: u64) -> Result<Option<Bytes>, String> {
-        Ok(self.0.chunk(index as usize))
+    async fn chunk(&self, index: u64) -> Result<Option<Identified>, String> {
+        Ok(self.0.chunk(index as usize).and_then(Identified::of))
     }
 }
 

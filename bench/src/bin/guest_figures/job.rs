@@ -7,10 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use blobcr_bench::latency::{Latencies, Summary};
+use blobcr_bench::mpi_job::{Times, times_to_stable};
 use blobcr_bench::spread::Spread;
-use blobcr_proto::v1;
-use blobcr_repository::client::RemoteCatalog;
-use blobcr_repository::{Catalog, ConnectOptions};
 use blobcr_tests::cluster::Cluster;
 use blobcr_tests::guest_image::{GuestImage, repository_root};
 use blobcr_tests::vm::{Link, Vm, VmSpec};
@@ -27,8 +25,6 @@ const GROUP: &str = "job";
 /// Where the job keeps its state in its VMs.
 const DIR: &str = "/root/job";
 const BOOT: Duration = Duration::from_secs(300);
-/// Between two looks at a set.
-const PAUSE: Duration = Duration::from_millis(10);
 /// For the whole job, on a machine that others use.
 const LIMIT: Duration = Duration::from_secs(3600);
 
@@ -51,10 +47,8 @@ const WAYS: [Way; 4] = [Way::Nothing, Way::Checkpoint, Way::Copy, Way::Stop];
 
 /// One run of the job.
 struct Ran {
-    /// How long each call took on each rank.
-    calls: Vec<Duration>,
-    /// From MPI_Init to MPI_Finalize.
-    time: Duration,
+    /// What it said: its time is from MPI_Init to MPI_Finalize.
+    times: Times,
     /// From the begin of each set, when all VMs were flushed, until it was stable.
     stable: Vec<Duration>,
 }
@@ -62,8 +56,8 @@ struct Ran {
 impl Ran {
     /// The part of the time that a rank spends in calls.
     fn share(&self) -> f64 {
-        let in_calls: Duration = self.calls.iter().sum();
-        in_calls.as_secs_f64() / RANKS as f64 / self.time.as_secs_f64()
+        let in_calls: Duration = self.times.calls.iter().sum();
+        in_calls.as_secs_f64() / RANKS as f64 / self.times.ran.as_secs_f64()
     }
 }
 
@@ -118,10 +112,10 @@ fn row(way: Way, all: &[(Way, Ran)]) -> Result<Row> {
     };
     Ok(Row {
         way,
-        call: summary(&|ran| ran.calls.clone())?,
+        call: summary(&|ran| ran.times.calls.clone())?,
         ratio_to_checkpoint: None,
         share_of_run: Spread::of(runs().map(Ran::share)).context("no run")?,
-        run_s: Spread::of(runs().map(|ran| ran.time.as_secs_f64())).context("no run")?,
+        run_s: Spread::of(runs().map(|ran| ran.times.ran.as_secs_f64())).context("no run")?,
         to_stable: summary(&|ran| ran.stable.clone())?,
     })
 }
@@ -199,18 +193,18 @@ impl Setup {
         let ended = vms[0].wait_for("job: ended with", LIMIT);
         remote.check()?;
         ensure!(ended?.ends_with("with 0"), "the job failed:\n{}", vms[0].console());
-        let mut ran = times(&vms[0].console())?;
+        let mut ran = Ran { times: Times::said(&vms[0].console())?, stable: Vec::new() };
         let calls = if way == Way::Nothing { 0 } else { options.iterations / EVERY * RANKS };
         ensure!(
-            ran.calls.len() as u64 == calls,
+            ran.times.calls.len() as u64 == calls,
             "{} calls:\n{}",
-            ran.calls.len(),
+            ran.times.calls.len(),
             vms[0].console()
         );
         drop(vms);
         if way == Way::Checkpoint {
             let sets = options.iterations / EVERY;
-            ran.stable = self.stable(self.sets + 1, sets)?;
+            ran.stable = times_to_stable(&self.cluster, GROUP, self.sets + 1..=self.sets + sets)?;
             self.sets += sets;
         }
         self.detach(way)?;
@@ -268,35 +262,6 @@ impl Setup {
         let spec = VmSpec { disks: vec![spec.disks[0].clone(), timed], ..spec };
         Vm::start(&spec, &dir.join(&name))
     }
-
-    /// How long these sets took until they were stable. Waits for all of them.
-    fn stable(&self, first: u64, sets: u64) -> Result<Vec<Duration>> {
-        let endpoint = std::fs::read_to_string(self.cluster.dir().join("endpoint"))?;
-        let runtime = tokio::runtime::Runtime::new()?;
-        runtime.block_on(async {
-            let servers = [endpoint.trim().to_owned()];
-            let catalog = RemoteCatalog::new(&servers, &ConnectOptions::default())?;
-            let mut all = Vec::new();
-            for sequence in first..first + sets {
-                let request = v1::GetSetRequest { group: GROUP.to_owned(), sequence };
-                let mut set = catalog.get_set(request.clone()).await?;
-                while set.state() == v1::SetState::Pending {
-                    tokio::time::sleep(PAUSE).await;
-                    set = catalog.get_set(request.clone()).await?;
-                }
-                ensure!(set.stable, "set {sequence} is {:?}", set.state());
-                let mut last = 0;
-                for member in &set.members {
-                    let image = v1::ImageRef { name: member.image.clone(), id: 0 };
-                    let number = member.number;
-                    let snapshot = v1::SnapshotRef { image: Some(image), number };
-                    last = last.max(catalog.get_snapshot(snapshot).await?.stable_unix_ms);
-                }
-                all.push(Duration::from_millis(last.saturating_sub(set.created_unix_ms)));
-            }
-            Ok(all)
-        })
-    }
 }
 
 /// What a VM runs.
@@ -313,21 +278,4 @@ fn command(vm: usize, way: Way, port: u16, options: &Options) -> String {
         "cat /dev/vdb >/tmp/timed.so; ip addr add 10.0.2.15/24 dev eth1; ip link set eth1 up; \
          job-node {vm} {job}"
     )
-}
-
-/// The lines of `bench/guest/timed.c`.
-fn times(console: &str) -> Result<Ran> {
-    let mut ran = Ran { calls: Vec::new(), time: Duration::ZERO, stable: Vec::new() };
-    for line in console.split("timed: ").skip(1) {
-        let words: Vec<&str> = line.split_whitespace().take(3).collect();
-        let [_, what, us] = words[..] else { continue };
-        let Ok(time) = us.parse().map(Duration::from_micros) else { continue };
-        match what {
-            "call" => ran.calls.push(time),
-            "ran" => ran.time = ran.time.max(time),
-            _ => {}
-        }
-    }
-    ensure!(ran.time > Duration::ZERO, "the job does not say how long it ran:\n{console}");
-    Ok(ran)
 }

@@ -4,17 +4,14 @@
 mod application;
 mod subjects;
 
-use subjects::{Mirror, Outcome, saved_vms};
+use subjects::{Outcome, saved_vms};
 
 use super::Settings;
-use crate::report::{Bound, Report, Table};
-use crate::spread::Spread;
+use super::strategies::{Mirror, STRATEGIES, claim_slowdowns, subjects};
+use crate::report::{Report, Table};
 
-/// Selective copy-on-write is ours; `full` is QEMU's savevm.
-const SUBJECTS: [&str; 5] = ["selective", "cow", "precopy", "offline", "full"];
-const FULL: usize = 4;
-/// What the slowdown may be of theirs.
-const TARGETS: [(usize, f64); 3] = [(1, 0.8), (2, 0.7), (3, 0.3)];
+/// QEMU's savevm, beside the strategies.
+const FULL: usize = STRATEGIES.len();
 
 /// The figures.
 struct Tables {
@@ -29,7 +26,8 @@ struct Tables {
 
 impl Tables {
     fn new() -> Self {
-        let of = |title: &str, unit| Table::new(title, unit, false, &SUBJECTS);
+        let names = subjects(&["full"]);
+        let of = |title: &str, unit| Table::new(title, unit, false, &names);
         Self {
             downtime: of("Downtime: the checkpoint, as its caller sees it", "ms"),
             added: of("Added run time: checkpoint and second round, less a round before it", "ms"),
@@ -63,20 +61,11 @@ impl Tables {
     }
 }
 
-/// Our slowdown in units of the subject's: the median over the rounds, each with all its disks.
-fn slowdown(added: &Table, subject: usize, rounds: u32) -> Option<f64> {
-    let sum = |subject: usize, round: usize| -> f64 {
-        added.rows.iter().filter_map(|row| row.samples[subject].get(round)).sum()
-    };
-    let ratios = (0..rounds as usize).map(|round| sum(0, round) / sum(subject, round));
-    Some(Spread::of(ratios)?.median)
-}
-
 pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
     let mib = settings.size(128, 8);
     let counts: &[usize] = if settings.quick { &[1, 2] } else { &[1, 2, 4, 8] };
     let most = counts.iter().copied().max().unwrap_or(1);
-    let mirrors = SUBJECTS[..FULL]
+    let mirrors = STRATEGIES
         .iter()
         .map(|strategy| Mirror::start(settings, strategy, most, mib))
         .collect::<anyhow::Result<Vec<_>>>()?;
@@ -84,7 +73,7 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
     for _ in 0..settings.rounds {
         for &count in counts {
             for (subject, mirror) in mirrors.iter().enumerate() {
-                tables.add(count, subject, &mirror.run(count)?);
+                tables.add(count, subject, &mirror.run_application(count)?);
             }
             tables.add(count, FULL, &saved_vms(&settings.disk_dir, count, mib)?);
         }
@@ -104,35 +93,8 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
     report.setup.push(
         "cow copies what copy-on-write copies, but writes in place: see docs/mirror.md.".to_owned(),
     );
-    for (subject, bound) in TARGETS {
-        let what = format!("slowdown against {}", SUBJECTS[subject]);
-        let ratio = slowdown(&tables.added, subject, settings.rounds);
-        report.claim(&what, Bound::AtMost(bound), ratio, "×");
-    }
+    claim_slowdowns(&mut report, &tables.added);
     let Tables { downtime, added, longest, stable, copied, extents, stored } = tables;
     report.tables = vec![downtime, added, longest, stable, copied, extents, stored];
     Ok(report)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_slowdown_is_that_of_all_disks_of_a_round() {
-        let mut added = Table::new("", "", false, &["ours", "theirs"]);
-        for (label, ours, theirs) in [
-            ("1", 1.0, 2.0),
-            ("2", 2.0, 10.0),
-            ("1", 9.0, 3.0),
-            ("2", 0.0, 3.0),
-            ("1", 1.0, 4.0),
-            ("2", 1.0, 4.0),
-        ] {
-            added.add(label, 0, ours);
-            added.add(label, 1, theirs);
-        }
-        assert_eq!(slowdown(&added, 1, 3), Some(0.25));
-        assert_eq!(slowdown(&added, 1, 0), None);
-    }
 }

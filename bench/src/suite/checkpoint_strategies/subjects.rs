@@ -1,21 +1,18 @@
-//! What is compared: one mirror for each strategy, and virtual machines that QEMU saves whole.
+//! The application on a mirror's disks, and on those of virtual machines that QEMU saves whole.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use blobcr_tests::cluster::Cluster;
 use blobcr_tests::mounted::MountedDisk;
 
 use super::application::{self, Lived};
 use crate::file_layout::{extents, stored_bytes};
 use crate::peers::running_vm::RunningVm;
-use crate::suite::Settings;
+use crate::suite::strategies::{MIB, Mirror};
 
-const MIB: u64 = 1 << 20;
 /// Between two looks whether snapshots are stable, and at how much is copied.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -33,46 +30,10 @@ pub(super) struct Outcome {
     pub(super) stored_mib: f64,
 }
 
-/// A mirror with its own repository, and its disks.
-pub(super) struct Mirror {
-    cluster: Cluster,
-    disks: Vec<PathBuf>,
-    bytes: u64,
-}
-
 impl Mirror {
-    /// With so many disks of `mib` MiB.
-    pub(super) fn start(
-        settings: &Settings,
-        strategy: &str,
-        disks: usize,
-        mib: u64,
-    ) -> anyhow::Result<Self> {
-        let cluster = settings.cluster(&settings.disk_dir, &["--strategy", strategy])?;
-        let empty = cluster.scratch().join("empty");
-        File::create(&empty)?.set_len(mib * MIB)?;
-        cluster.import(&empty, "empty")?;
-        let disks = (0..disks).map(|index| cluster.attach("empty", &name(index)));
-        let disks = disks.collect::<anyhow::Result<Vec<_>>>()?;
-        let bytes = mib * MIB;
-        // A disk's first checkpoint also makes its image: that is not what is measured here.
-        for disk in &disks {
-            MountedDisk::open(disk, false)?.commit_stable()?;
-        }
-        Ok(Self { cluster, disks, bytes })
-    }
-
-    fn local(&self, disk: usize) -> PathBuf {
-        self.cluster.dir().join("mirror").join("disks").join(name(disk))
-    }
-
-    fn repository_bytes(&self) -> anyhow::Result<u64> {
-        stored_bytes(&self.cluster.dir().join("nodes"))
-    }
-
     /// Runs the application on the first `count` disks.
-    pub(super) fn run(&self, count: usize) -> anyhow::Result<Outcome> {
-        let paths = &self.disks[..count];
+    pub(super) fn run_application(&self, count: usize) -> anyhow::Result<Outcome> {
+        let paths = &self.disks()[..count];
         let mounted: Vec<_> =
             paths.iter().map(|path| MountedDisk::open(path, false)).collect::<Result<_, _>>()?;
         let taken: Vec<OnceLock<(Instant, u64)>> = (0..count).map(|_| OnceLock::new()).collect();
@@ -86,7 +47,7 @@ impl Mirror {
         let (peak, ended) = (AtomicU64::new(0), AtomicBool::new(false));
         let (lived, stable) = std::thread::scope(|scope| {
             let watcher = scope.spawn(|| self.watch(&mounted, &taken, &peak, &ended));
-            let lived = application::run(paths, self.bytes, checkpoint);
+            let lived = application::run(paths, self.disk_bytes(), checkpoint);
             ended.store(true, Ordering::Release);
             (lived, watcher.join().expect("it does not panic"))
         });
@@ -171,7 +132,3 @@ pub(super) fn saved_vms(parent: &Path, count: usize, mib: u64) -> anyhow::Result
 
 /// What the firmware needs.
 const LEAST_MEMORY_MIB: u64 = 64;
-
-fn name(disk: usize) -> String {
-    format!("disk{disk}")
-}

@@ -23,11 +23,21 @@ const CHUNK: u64 = 256 << 10;
 
 /// Ours by policy, and the nodes that it takes.
 const POLICIES: [(&str, usize); 3] = [("replica:1", 1), ("replica:3", 3), ("ec:4+2", 6)];
-const SUBJECTS: [&str; 6] =
-    ["replica:1", "replica:3", "ec:4+2", "restic", "borg", "qemu-img convert"];
+const SUBJECTS: [&str; 8] = [
+    "replica:1",
+    "replica:3",
+    "ec:4+2",
+    "restic",
+    "borg",
+    "qemu-img convert",
+    "qemu-img convert -c",
+    "rbd import-diff",
+];
 const RESTIC: usize = 3;
 const BORG: usize = 4;
 const QEMU: usize = 5;
+const QEMU_COMPRESSED: usize = 6;
+const RBD: usize = 7;
 
 /// What is written before a COMMIT.
 const KINDS: [&str; 5] =
@@ -129,7 +139,7 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
                 add(subject, ours.commit()?);
             }
             contents.write(peers.file(), kind, round)?;
-            for (subject, took) in peers.keep()? {
+            for (subject, took) in peers.keep(kind)? {
                 add(subject, took);
             }
         }

@@ -1,16 +1,18 @@
-//! Programs that keep the changes of an image file: restic, borg (Debian: restic, borgbackup), and
-//! `qemu-img convert`, which writes all of it anew.
+//! Programs that keep the changes of an image file: restic, borg (Debian: restic, borgbackup), Ceph
+//! RBD, and `qemu-img convert`, which writes all of it anew.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use blobcr_tests::disk_file::allocated;
 use tempfile::TempDir;
 
-use super::{BORG, QEMU, RESTIC, Took, quiet};
+use super::{BORG, PROGRAMS, QEMU, QEMU_COMPRESSED, RBD, RESTIC, Took, quiet};
+use crate::peers::ceph::{Ceph, write_diff_file};
+use crate::peers::installed;
 use crate::processor_time;
 use crate::report::Report;
 use crate::suite::Settings;
@@ -20,13 +22,8 @@ pub(super) struct Peers {
     file: PathBuf,
     restic: bool,
     borg: bool,
+    ceph: Option<Ceph>,
     dir: TempDir,
-}
-
-/// Whether it says its version.
-fn installed(program: &str, version: &str) -> bool {
-    let tried = Command::new(program).arg(version).stdout(Stdio::null()).status();
-    tried.is_ok_and(|status| status.success())
 }
 
 /// Everything below.
@@ -54,12 +51,16 @@ impl Peers {
                 report.setup.push(format!("{name} is not installed, and was not measured."));
             }
         }
-        let peers = Self { file, restic, borg, dir };
+        let ceph = settings.ceph(report)?;
+        let peers = Self { file, restic, borg, ceph, dir };
         if restic {
             peers.run("restic", &["-r", "restic", "init"])?;
         }
         if borg {
             peers.run("borg", &["init", "-e", "none", "borg"])?;
+        }
+        if let Some(ceph) = &peers.ceph {
+            ceph.rbd(&["create", "image", "--size", &format!("{}M", bytes >> 20)])?;
         }
         Ok(peers)
     }
@@ -85,8 +86,9 @@ impl Peers {
         Ok(())
     }
 
-    /// Has each of them keep the file as it is; what they wrote must be on the disk in the end.
-    pub(super) fn keep(&self) -> anyhow::Result<Vec<(usize, Took)>> {
+    /// Has each of them keep the file as it is, full of that kind; what they wrote must be on the disk in
+    /// the end.
+    pub(super) fn keep(&self, kind: usize) -> anyhow::Result<Vec<(usize, Took)>> {
         let mut all = Vec::new();
         if self.restic {
             let args = ["-r", "restic", "backup", "-q", "image"];
@@ -96,12 +98,44 @@ impl Peers {
             let name = format!("borg::{}", rand::random::<u64>());
             all.push((BORG, self.timed("borg", &["create", &name, "image"], "borg")?));
         }
+        let whole = ["convert", "-f", "raw", "-O", "qcow2"];
+        all.push((QEMU, self.convert(&whole)?));
+        if kind == PROGRAMS {
+            // The quicker one of its compressors.
+            let how = ["-c", "-o", "compression_type=zstd"];
+            all.push((QEMU_COMPRESSED, self.convert(&[&whole[..], &how].concat())?));
+        }
+        if let Some(ceph) = &self.ceph {
+            all.push((RBD, self.import_diff(ceph)?));
+        }
+        Ok(all)
+    }
+
+    fn convert(&self, args: &[&str]) -> anyhow::Result<Took> {
         let copy = self.dir.path().join("convert");
         std::fs::create_dir_all(&copy)?;
-        let args = ["convert", "-f", "raw", "-O", "qcow2", "image", "convert/qcow2"];
-        all.push((QEMU, self.timed("qemu-img", &args, "convert")?));
+        let args = [args, &["image", "convert/qcow2"]].concat();
+        let took = self.timed("qemu-img", &args, "convert")?;
         std::fs::remove_dir_all(copy)?;
-        Ok(all)
+        Ok(took)
+    }
+
+    /// The changes come to it in a file, as another cluster's `rbd export-diff` would send them; what it
+    /// has taken is durable.
+    fn import_diff(&self, ceph: &Ceph) -> anyhow::Result<Took> {
+        let diff = self.dir.path().join("diff");
+        write_diff_file(&diff, &self.file, &format!("s{}", rand::random::<u64>()))?;
+        let cpu = || {
+            let daemons = ceph.processes().map(processor_time::of).sum::<anyhow::Result<f64>>();
+            anyhow::Ok(daemons? + processor_time::of_children()?)
+        };
+        let (stored, cpu_before) = (ceph.stored_bytes()?, cpu()?);
+        let path = diff.to_str().context("a path of the benchmark is no UTF-8")?;
+        let took = ceph.rbd(&["import-diff", path, "image"])?;
+        let cpu_seconds = (cpu()? - cpu_before).max(0.01);
+        let stored_bytes = ceph.stored_bytes()? as f64 - stored as f64;
+        std::fs::remove_file(diff)?;
+        Ok(Took { seconds: took.as_secs_f64(), cpu_seconds, stored_bytes })
     }
 
     fn timed(&self, program: &str, args: &[&str], repository: &str) -> anyhow::Result<Took> {

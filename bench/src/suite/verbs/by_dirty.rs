@@ -7,7 +7,8 @@ use blobcr_tests::disk_file::{noise, sparse};
 use blobcr_tests::mounted::MountedDisk;
 
 use super::{
-    CALL, COMMAND, GIB, LIMIT_MS, MIB, QEMU, REFLINK, SUBJECTS, median_ms, reflinks, samples, timed,
+    CALL, COMMAND, GIB, LIMIT_MS, MIB, QEMU, RBD, REFLINK, SUBJECTS, median_ms, reflinks, samples,
+    timed,
 };
 use crate::calls::Calls;
 use crate::peers::qcow2::Qcow2;
@@ -42,7 +43,7 @@ pub(super) fn measure(settings: &Settings, report: &mut Report) -> anyhow::Resul
     MountedDisk::open(&path, false)?.commit_stable()?;
     let (qcow2, _) = Qcow2::over(&raw, &cluster.scratch().join("qcow2"))?;
     qcow2.snapshot("s")?;
-    let mut table = Table::new("By what was written", "ms", false, &SUBJECTS);
+    let mut table = Table::new("By what was written", "ms", false, &SUBJECTS[..RBD]);
     let mut seed = 1;
     let mut next = || {
         seed += 1;

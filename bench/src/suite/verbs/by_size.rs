@@ -8,10 +8,11 @@ use blobcr_tests::mounted::MountedDisk;
 use std::os::unix::fs::FileExt;
 
 use super::{
-    CALL, COMMAND, FLAT, GIB, LIMIT_MS, MIB, QEMU, REFLINK, SUBJECTS, median_ms, reflinks, samples,
-    timed,
+    CALL, COMMAND, FLAT, GIB, LIMIT_MS, MIB, QEMU, RBD, REFLINK, SUBJECTS, median_ms, reflinks,
+    samples, timed,
 };
 use crate::calls::Calls;
+use crate::peers::ceph::Ceph;
 use crate::peers::qcow2::Qcow2;
 use crate::peers::reflink::Reflinks;
 use crate::report::{Bound, Report, Table};
@@ -20,6 +21,7 @@ use crate::suite::Settings;
 const SIZES_GIB: [u64; 4] = [1, 64, 1024, 4096];
 /// Data in each image.
 const DATA: u64 = 64 * MIB;
+/// What the project promises something of.
 const VERBS: [&str; 3] = ["attach", "clone", "rollback"];
 
 /// One image, in all forms.
@@ -31,15 +33,24 @@ struct Sized<'c> {
     raw: PathBuf,
     disk: PathBuf,
     qcow2: Qcow2,
+    peers: Peers<'c>,
+}
+
+/// Those that are there.
+#[derive(Clone, Copy)]
+struct Peers<'c> {
     reflinks: Option<&'c Reflinks>,
+    ceph: Option<&'c Ceph>,
 }
 
 pub(super) fn measure(settings: &Settings, report: &mut Report) -> anyhow::Result<()> {
     let cluster = settings.cluster(&settings.disk_dir, &[])?;
     let calls = Calls::to(&cluster)?;
     let reflinks = reflinks(&cluster, report);
+    let ceph = settings.ceph(report)?;
+    let peers = Peers { reflinks: reflinks.as_ref(), ceph: ceph.as_ref() };
     let sizes = if settings.quick { &SIZES_GIB[..2] } else { &SIZES_GIB[..] };
-    let images = sizes.iter().map(|gib| Sized::make(&cluster, &calls, reflinks.as_ref(), *gib));
+    let images = sizes.iter().map(|gib| Sized::make(&cluster, &calls, peers, *gib));
     let images = images.collect::<anyhow::Result<Vec<_>>>()?;
     let mut table =
         Table::new("By the size of the image (sparse, 64 MiB of data)", "ms", false, &SUBJECTS);
@@ -48,6 +59,7 @@ pub(super) fn measure(settings: &Settings, report: &mut Report) -> anyhow::Resul
             image.attach(settings, round, &mut table)?;
             image.clone_image(settings, round, &mut table)?;
             image.roll_back(settings, &mut table)?;
+            image.list(settings, &mut table)?;
         }
     }
     for verb in VERBS {
@@ -68,7 +80,7 @@ impl<'c> Sized<'c> {
     fn make(
         cluster: &'c Cluster,
         calls: &'c Calls,
-        reflinks: Option<&'c Reflinks>,
+        peers: Peers<'c>,
         gib: u64,
     ) -> anyhow::Result<Self> {
         let label = if gib < 1024 { format!("{gib} GiB") } else { format!("{} TiB", gib / 1024) };
@@ -76,7 +88,7 @@ impl<'c> Sized<'c> {
         let data = noise(gib, DATA as usize);
         let raw = sparse(&cluster.scratch().join(&image), gib * GIB, &[(0, &data)])?;
         cluster.import(&raw, &image)?;
-        if let Some(reflinks) = reflinks {
+        if let Some(reflinks) = peers.reflinks {
             sparse(&reflinks.path(&image), gib * GIB, &[(0, &data)])?;
         }
         let disk = cluster.attach(&image, &format!("rolled-{gib}"))?;
@@ -85,7 +97,12 @@ impl<'c> Sized<'c> {
         mounted.commit_stable()?;
         let (qcow2, _) = Qcow2::over(&raw, &cluster.scratch().join(format!("{image}.qcow2")))?;
         qcow2.snapshot("s")?;
-        Ok(Self { cluster, calls, label, image, raw, disk, qcow2, reflinks })
+        if let Some(ceph) = peers.ceph {
+            ceph.rbd(&["create", &image, "--size", &format!("{gib}G")])?;
+            ceph.dirty(&image, DATA / MIB)?;
+            ceph.rbd(&["snap", "create", &format!("{image}@s")])?;
+        }
+        Ok(Self { cluster, calls, label, image, raw, disk, qcow2, peers })
     }
 
     fn attach(&self, settings: &Settings, round: u32, table: &mut Table) -> anyhow::Result<()> {
@@ -129,9 +146,19 @@ impl<'c> Sized<'c> {
             timed(|| self.cluster.json(&["image", "clone", &self.image, &name("b", number)]))
         })?;
         table.add(&label, COMMAND, command);
-        if let Some(reflinks) = self.reflinks {
+        if let Some(reflinks) = self.peers.reflinks {
             let reflink = median_ms(samples(settings), |_| reflinks.copy(&self.image, "clone"))?;
             table.add(&label, REFLINK, reflink);
+        }
+        if let Some(ceph) = self.peers.ceph {
+            let snapshot = format!("{}@s", self.image);
+            let rbd = median_ms(samples(settings), |number| {
+                let clone = name("c", number);
+                let took = ceph.rbd(&["clone", &snapshot, &clone])?;
+                ceph.rbd(&["rm", &clone])?;
+                Ok(took)
+            })?;
+            table.add(&label, RBD, rbd);
         }
         Ok(())
     }
@@ -160,13 +187,39 @@ impl<'c> Sized<'c> {
             self.qcow2.apply("s")
         })?;
         table.add(&label, QEMU, qemu);
-        if let Some(reflinks) = self.reflinks {
+        if let Some(reflinks) = self.peers.reflinks {
             let reflink = median_ms(samples(settings), |_| {
                 let file = std::fs::OpenOptions::new().write(true).open(reflinks.path("clone"))?;
                 file.write_all_at(&noise(1, MIB as usize), 0)?;
                 reflinks.copy(&self.image, "clone")
             })?;
             table.add(&label, REFLINK, reflink);
+        }
+        if let Some(ceph) = self.peers.ceph {
+            let snapshot = format!("{}@s", self.image);
+            let rbd = median_ms(samples(settings), |_| {
+                ceph.dirty(&self.image, 1)?;
+                ceph.rbd(&["snap", "rollback", &snapshot])
+            })?;
+            table.add(&label, RBD, rbd);
+        }
+        Ok(())
+    }
+
+    /// The image's snapshots.
+    fn list(&self, settings: &Settings, table: &mut Table) -> anyhow::Result<()> {
+        let label = format!("list, {}", self.label);
+        let newest = (&*self.image, 1);
+        let call = median_ms(samples(settings), |_| self.calls.list_snapshots(newest))?;
+        table.add(&label, CALL, call);
+        let command = median_ms(samples(settings), |_| {
+            timed(|| self.cluster.json(&["snapshot", "list", &self.image]))
+        })?;
+        table.add(&label, COMMAND, command);
+        table.add(&label, QEMU, median_ms(samples(settings), |_| self.qcow2.list())?);
+        if let Some(ceph) = self.peers.ceph {
+            let args = ["snap", "ls", &self.image];
+            table.add(&label, RBD, median_ms(samples(settings), |_| ceph.rbd(&args))?);
         }
         Ok(())
     }

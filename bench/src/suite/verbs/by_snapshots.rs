@@ -36,8 +36,6 @@ pub(super) fn measure(settings: &Settings, report: &mut Report) -> anyhow::Resul
     let counts: [u64; 3] = if settings.quick { [3, 9, 27] } else { [10, 1000, 10_000] };
     let cluster = settings.cluster(&settings.disk_dir, &[])?;
     let calls = Calls::to(&cluster)?;
-    let raw = sparse(&cluster.scratch().join("raw"), SIZE, &[(0, &noise(1, SIZE as usize))])?;
-    cluster.import(&raw, "base")?;
     // As many writes on all, so that their chunks are as new and as many.
     let disks = counts.map(|snapshots| Disk::with(&cluster, snapshots, counts[2] / snapshots));
     let disks = disks.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
@@ -79,7 +77,11 @@ fn claims(report: &mut Report, verbs: &Table, reads: &Table) {
 impl Disk {
     fn with(cluster: &Cluster, snapshots: u64, writes_each: u64) -> anyhow::Result<Self> {
         let name = format!("disk-{snapshots}");
-        let path = cluster.attach("base", &name)?;
+        // Of bytes that no other disk has: what one of them fetches would be here for all.
+        let (raw, base) = (cluster.scratch().join("raw"), format!("base-{snapshots}"));
+        sparse(&raw, SIZE, &[(0, &noise(snapshots, SIZE as usize))])?;
+        cluster.import(&raw, &base)?;
+        let path = cluster.attach(&base, &name)?;
         let disk = MountedDisk::open(&path, false)?;
         let mut image = String::new();
         for snapshot in 0..snapshots {

@@ -9,7 +9,7 @@ use blobcr_tests::cluster::Cluster;
 use blobcr_tests::disk_file::{allocated_below, noise, sparse};
 use blobcr_tests::mounted::MountedDisk;
 
-use super::{CALL, COMMAND, GIB, MIB, QEMU, REFLINK, SUBJECTS, reflinks, timed};
+use super::{CALL, COMMAND, GIB, MIB, QEMU, RBD, REFLINK, SUBJECTS, reflinks, timed};
 use crate::calls::Calls;
 use crate::peers::qcow2::Qcow2;
 use crate::report::{Bound, Report, Table};
@@ -33,7 +33,7 @@ pub(super) fn measure(settings: &Settings, report: &mut Report) -> anyhow::Resul
         sparse(&reflinks.path("base"), SIZE, &[(0, &data)])?;
     }
     let title = format!("Fork: {count} disks of one snapshot");
-    let mut table = Table::new(&title, "s or KiB", false, &SUBJECTS);
+    let mut table = Table::new(&title, "s or KiB", false, &SUBJECTS[..RBD]);
     let mut list = Table::new(&format!("List {count} disks"), "ms", false, &SUBJECTS[..2]);
     for round in 0..settings.rounds {
         let prefix = format!("fork-{round}");

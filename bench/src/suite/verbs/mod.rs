@@ -4,6 +4,7 @@
 mod by_dirty;
 mod by_size;
 mod by_snapshots;
+mod diffs;
 mod forks;
 
 use std::time::Duration;
@@ -19,12 +20,13 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
 /// What is compared where a verb has counterparts.
-const SUBJECTS: [&str; 4] =
-    ["blobcr, the call", "blobcr, the command", "qemu-img", "reflink on btrfs"];
+const SUBJECTS: [&str; 5] =
+    ["blobcr, the call", "blobcr, the command", "qemu-img", "reflink on btrfs", "rbd"];
 const CALL: usize = 0;
 const COMMAND: usize = 1;
 const QEMU: usize = 2;
 const REFLINK: usize = 3;
+const RBD: usize = 4;
 
 /// What a verb may take, in ms.
 const LIMIT_MS: f64 = 5.0;
@@ -38,6 +40,8 @@ const FLAT: f64 = 1.5;
 pub(super) enum Part {
     /// By the size of the image, and by what was written.
     Sizes,
+    /// Diff of a full image.
+    Diffs,
     /// By the number of snapshots.
     Snapshots,
     /// Many disks at once.
@@ -47,14 +51,15 @@ pub(super) enum Part {
 pub(super) fn run(settings: &Settings, part: Part) -> anyhow::Result<Report> {
     let title = match part {
         Part::Sizes => "Verbs by the size of the image, and by what was written",
+        Part::Diffs => "Diff of two snapshots of a full image",
         Part::Snapshots => "Verbs and reads by the number of snapshots",
         Part::Forks => "A thousand disks of one snapshot",
     };
     let mut report = Report::new("", title);
     report.setup.push(format!(
         "\"The call\" is what a client of the services waits for; \"the command\" has the start of \
-         `blobcr` and its connections besides. Medians of {} calls in each of {} rounds.",
-        samples(settings),
+         `blobcr` and its connections besides. Medians of {} in each of {} rounds.",
+        if part == Part::Diffs { 1 } else { samples(settings) },
         settings.rounds
     ));
     match part {
@@ -62,6 +67,7 @@ pub(super) fn run(settings: &Settings, part: Part) -> anyhow::Result<Report> {
             by_size::measure(settings, &mut report)?;
             by_dirty::measure(settings, &mut report)?;
         }
+        Part::Diffs => diffs::measure(settings, &mut report)?,
         Part::Snapshots => by_snapshots::measure(settings, &mut report)?,
         Part::Forks => forks::measure(settings, &mut report)?,
     }

@@ -6,6 +6,7 @@ use std::sync::MutexGuard;
 
 use async_trait::async_trait;
 use blobcr_proto::{ChunkSize, DiskName, Hash};
+use blobcr_repository::Identified;
 use tokio::sync::Semaphore;
 
 use super::super::*;
@@ -339,10 +340,10 @@ impl Upstream for World {
             self.step().await;
             self.enter("chunk")?;
             let bytes = work.source.chunk(*chunk).await.map_err(UpstreamError::Refused)?;
-            match bytes.filter(|bytes| bytes.iter().any(|byte| *byte != 0)) {
-                Some(bytes) => {
-                    assert_eq!(bytes.len(), CHUNK);
-                    content.insert(*chunk, bytes)
+            match bytes {
+                Some(Identified { id, plain }) => {
+                    assert_eq!((id, plain.len()), (Hash::of(&plain), CHUNK));
+                    content.insert(*chunk, plain)
                 }
                 None => content.remove(chunk),
             };

@@ -5,13 +5,11 @@ use std::sync::Arc;
 use blobcr_proto::Hash;
 use blobcr_proto::record;
 use blobcr_proto::v1::{self, Codec, RecordKind};
-use futures::{StreamExt, TryStreamExt, stream};
 
 use super::RemotePool;
+use crate::compression::Compressor;
+use crate::stripe::Stripe;
 use crate::{Object, StoreError, cpu};
-
-/// Objects of one call encoded at once; how many cores they get is decided elsewhere.
-const ENCODES_AT_ONCE: usize = 8;
 
 /// An object as it goes over the wire.
 #[derive(Clone)]
@@ -37,32 +35,43 @@ impl Encoded {
 }
 
 impl RemotePool {
-    /// Compresses objects as the pool has it, and cuts them when its policy wants shards.
+    /// Compresses objects as the pool has it, and cuts them when its policy wants shards; those of one
+    /// call on one thread, because several calls are under way at once.
     pub(super) async fn encode(&self, objects: Vec<Object>) -> Result<Vec<Encoded>, StoreError> {
-        stream::iter(objects)
-            .map(|Object { kind, id, plain }| {
-                let compressor = Arc::clone(&self.compressor);
-                let stripe = self.stripe_of(kind).cloned();
-                cpu::run(plain.len(), move || {
-                    let plain_len = plain.len();
-                    let (codec, payload) = match kind {
-                        // Hashes do not compress.
-                        RecordKind::TreeNode => (Codec::Plain, plain),
-                        _ => compressor.encode(plain),
-                    };
-                    let bytes = payload.len() as u64;
-                    let record = record::whole(kind, id, codec, plain_len, payload);
-                    let records = match stripe {
-                        None => vec![record],
-                        Some(stripe) => stripe.cut(&record).map_err(|error| {
-                            StoreError::Damaged { kind, id, detail: error.to_string() }
-                        })?,
-                    };
-                    Ok(Encoded { kind, id, bytes, records })
-                })
-            })
-            .buffered(ENCODES_AT_ONCE)
-            .try_collect()
-            .await
+        let compressor = Arc::clone(&self.compressor);
+        let bytes = objects.iter().map(|object| object.plain.len()).sum();
+        let stripe_of = |object: Object| (self.stripe_of(object.kind).cloned(), object);
+        let objects: Vec<_> = objects.into_iter().map(stripe_of).collect();
+        cpu::run(bytes, move || {
+            let encode = |(stripe, object): (Option<Arc<Stripe>>, _)| {
+                encode(object, &compressor, stripe.as_deref())
+            };
+            objects.into_iter().map(encode).collect()
+        })
+        .await
     }
+}
+
+fn encode(
+    Object { kind, id, plain }: Object,
+    compressor: &Compressor,
+    stripe: Option<&Stripe>,
+) -> Result<Encoded, StoreError> {
+    let plain_len = plain.len();
+    let (codec, payload) = match kind {
+        // Hashes do not compress.
+        RecordKind::TreeNode => (Codec::Plain, plain),
+        _ => compressor.encode(plain),
+    };
+    let bytes = payload.len() as u64;
+    let record = record::whole(kind, id, codec, plain_len, payload);
+    let records = match stripe {
+        None => vec![record],
+        Some(stripe) => stripe.cut(&record).map_err(|error| StoreError::Damaged {
+            kind,
+            id,
+            detail: error.to_string(),
+        })?,
+    };
+    Ok(Encoded { kind, id, bytes, records })
 }
