@@ -101,14 +101,11 @@ impl Base for Below {
     }
 
     async fn fetch(&self, chunk: u64) -> Result<Option<Bytes>, BaseError> {
-        if let Some(ahead) = &self.ahead {
-            ahead.begin();
-        }
         let began = Instant::now();
         let patience = self.base.patience();
         let Some(id) = self.base.look_up(chunk, patience).await? else { return Ok(None) };
         if let Some(ahead) = &self.ahead {
-            ahead.was_read(chunk);
+            ahead.awaited(chunk);
         }
         let brought = self.base.bring(chunk, id).await?;
         if !brought.was_here {

@@ -106,22 +106,32 @@ pub(crate) struct ReadAhead {
 }
 
 impl ReadAhead {
-    /// A disk is about to wait for the snapshot. To be called on the mirror's runtime.
-    pub(crate) fn begin(&self) {
-        self.seen.get_or_init(|| {
+    /// A guest is about to wait for a chunk of the snapshot. To be called on the mirror's runtime.
+    pub(crate) fn awaited(&self, chunk: u64) {
+        let mut keeper = None;
+        let seen = self.seen.get_or_init(|| {
             let chunks = self.base.chunk_size().chunks_in(self.base.size_bytes());
             let (recorder, fetched) = (Recorder::new(chunks), ChunkSet::new(chunks));
             let seen = Arc::new(Seen { recorder, fetched });
-            tokio::spawn(Keeper::new(self, Arc::clone(&seen)).run());
+            keeper = Some(Keeper::new(self, Arc::clone(&seen)));
             seen
         });
+        self.record(seen, chunk);
+        // Only now, so that this chunk is not fetched ahead too.
+        if let Some(keeper) = keeper {
+            tokio::spawn(keeper.run());
+        }
     }
 
     /// A guest asked for bytes of a chunk. Takes no lock.
     pub(crate) fn was_read(&self, chunk: u64) {
         if let Some(seen) = self.seen.get() {
-            seen.recorder.was_read(chunk, || self.base.may_have_data(chunk) == Some(true));
+            self.record(seen, chunk);
         }
+    }
+
+    fn record(&self, seen: &Seen, chunk: u64) {
+        seen.recorder.was_read(chunk, || self.base.may_have_data(chunk) == Some(true));
     }
 
     /// Bytes that were fetched ahead, and those of them that were read since.
