@@ -194,6 +194,9 @@ pub struct ExportArgs {
     /// Replace a file that exists
     #[arg(long)]
     pub force: bool,
+    /// FILE is a raw file of this snapshot: write into it only what differs
+    #[arg(long, value_name = "IMAGE@N", conflicts_with_all = ["format", "force"])]
+    pub since: Option<ImageSpec>,
 }
 
 #[derive(Debug, Subcommand)]

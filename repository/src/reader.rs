@@ -159,7 +159,11 @@ impl SnapshotReader {
         }
     }
 
-    async fn fetch(&self, chunk: u64, id: Hash) -> Result<Bytes, ReadError> {
+    /// The whole chunk of an identity that is known to be at `chunk`, as [`tree::diff`] tells.
+    ///
+    /// # Errors
+    /// When the repository fails.
+    pub async fn fetch(&self, chunk: u64, id: Hash) -> Result<Bytes, ReadError> {
         fetch_chunk(&*self.pool, id, self.root.geometry.chunk_size.len())
             .await
             .map_err(|error| ReadError::Chunk { chunk, error })

@@ -2,12 +2,14 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use blobcr_tests::cluster::Cluster;
 use blobcr_tests::disk_file::{allocated, noise, same, sparse};
+use blobcr_tests::mounted::MountedDisk;
 
 const CHUNK: u64 = 256 << 10;
 
@@ -60,7 +62,6 @@ fn a_sparse_terabyte_stays_sparse_and_takes_no_time() -> Result<()> {
     assert!(allocated(&out)? < 8 << 20);
     let back = File::open(&out)?;
     for (offset, bytes) in pieces {
-        use std::os::unix::fs::FileExt;
         let mut found = vec![0; bytes.len()];
         back.read_exact_at(&mut found, offset)?;
         assert!(found == bytes, "piece at {offset}");
@@ -189,6 +190,65 @@ fn an_export_never_replaces_a_file_unasked_and_leaves_no_scraps() -> Result<()> 
     assert_eq!(nowhere.code, 3, "{nowhere:?}");
     let names: Vec<_> = fs::read_dir(&dir)?.map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, ["file"]);
+    Ok(())
+}
+
+/// Whether the file holds a snapshot.
+fn is_at(cluster: &Cluster, file: &Path, snapshot: &str) -> Result<()> {
+    let whole = cluster.scratch().join("whole");
+    cluster.json(&["image", "export", snapshot, text(&whole), "--force"])?;
+    same(&whole, file).with_context(|| snapshot.to_owned())
+}
+
+#[test]
+fn an_export_since_a_snapshot_writes_what_differs_into_the_file_of_it() -> Result<()> {
+    // Not a whole number of chunks: the last one is changed, too.
+    const SIZE: u64 = 40 * CHUNK + 512;
+    let cluster = Cluster::start(&[])?;
+    let data = noise(1, 30 * CHUNK as usize);
+    let raw = sparse(&cluster.scratch().join("raw"), SIZE, &[(0, &data)])?;
+    cluster.import(&raw, "base")?;
+    let disk = MountedDisk::open(&cluster.attach("base", "disk")?, false)?;
+    for at in [5, 6, 20] {
+        disk.file().write_all_at(&noise(at, 4096), at * CHUNK + 4096)?;
+    }
+    // Was zeros; becomes zeros.
+    disk.file().write_all_at(&noise(3, 512), 40 * CHUNK)?;
+    disk.file().write_all_at(&vec![0; CHUNK as usize], 7 * CHUNK)?;
+    let taken = disk.commit_stable()?;
+    let newer = format!("{}@{}", taken.image, taken.number);
+
+    let file = cluster.scratch().join("file");
+    cluster.json(&["image", "export", "base@1", text(&file)])?;
+    let since =
+        |to: &str, from: &str| cluster.run(&["image", "export", to, text(&file), "--since", from]);
+    // Untouched bytes stay untouched, whatever they are.
+    let mark = File::options().write(true).open(&file)?;
+    mark.write_all_at(b"mark", 10 * CHUNK)?;
+    ensure!(since(&newer, "base@1")?.code == 0);
+    mark.write_all_at(&data[10 * CHUNK as usize..][..4], 10 * CHUNK)?;
+    is_at(&cluster, &file, &newer)?;
+    // Half of the way, as an interrupted one leaves it; and back again, which it can do twice.
+    mark.write_all_at(&data[5 * CHUNK as usize..][..CHUNK as usize], 5 * CHUNK)?;
+    ensure!(since(&newer, "base@1")?.code == 0);
+    is_at(&cluster, &file, &newer)?;
+    for _ in 0..2 {
+        ensure!(since("base@1", &newer)?.code == 0);
+        is_at(&cluster, &file, "base@1")?;
+    }
+
+    // Not the file of that snapshot: nothing is written.
+    mark.write_all_at(b"mark", 20 * CHUNK)?;
+    let before = fs::read(&file)?;
+    let refused = since(&newer, "base@1")?;
+    assert_eq!(refused.code, 4, "{refused:?}");
+    assert!(refused.stderr.contains(&format!("from {}", 20 * CHUNK)), "{refused:?}");
+    assert!(fs::read(&file)? == before);
+    mark.set_len(SIZE - 1)?;
+    let refused = since(&newer, "base@1")?;
+    assert!(refused.code == 4 && refused.stderr.contains("no raw file of"), "{refused:?}");
+    fs::remove_file(&file)?;
+    assert_eq!(since(&newer, "base@1")?.code, 3);
     Ok(())
 }
 

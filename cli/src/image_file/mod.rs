@@ -1,6 +1,7 @@
 //! Disk image files: what an import reads and an export writes.
 
 mod extents;
+mod held;
 mod qcow2;
 mod qemu_img;
 mod raw;
@@ -17,6 +18,7 @@ use blobcr_proto::ChunkSize;
 use crate::args::{ImportArgs, ImportFormat};
 use crate::exit::{Exit, Refusal};
 
+pub use held::HeldFile;
 #[cfg(feature = "fuzzing")]
 pub(crate) use qcow2::allowed_size as qcow2_size;
 pub use raw::RawFile;

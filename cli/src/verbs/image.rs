@@ -166,7 +166,15 @@ async fn check_pool(repository: &Repository, name: &str) -> anyhow::Result<()> {
 async fn export(repository: &Repository, args: &ExportArgs, output: Output) -> anyhow::Result<()> {
     let (image, snapshot, reader) = repository.open(snapshot_ref(&args.source)).await?;
     let mut interrupts = Interrupts::listen()?;
-    let written = interrupts.guard(Box::pin(write(&reader, args)));
+    let written = async {
+        match &args.since {
+            Some(since) => {
+                super::update::write(repository, since, (&image, &reader), &args.file).await
+            }
+            None => write(&reader, args).await,
+        }
+    };
+    let written = interrupts.guard(Box::pin(written));
     let name = format!("{}@{}", image.name, snapshot.number);
     written.await.with_context(|| format!("cannot export {name} to {}", args.file.display()))?;
     output.data(&SnapshotView::from(snapshot), |_| String::new())

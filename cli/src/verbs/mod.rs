@@ -14,6 +14,7 @@ pub mod scrub;
 pub mod set;
 pub mod snapshot;
 pub mod status;
+mod update;
 pub mod vm;
 
 use blobcr_proto::{ImageSpec, v1};

@@ -187,6 +187,15 @@ struct DiffView {
     ranges: Vec<RangeView>,
 }
 
+/// Refuses to compare images of which no chunk can be the same.
+pub(super) fn check_same_pool(a: &v1::Image, b: &v1::Image) -> Result<(), Refusal> {
+    if a.pool == b.pool {
+        return Ok(());
+    }
+    let message = "the two images are in different pools and share nothing";
+    Err(Refusal::new(Exit::Conflict, message))
+}
+
 async fn differences(
     repository: &Repository,
     from: &ImageSpec,
@@ -195,10 +204,7 @@ async fn differences(
 ) -> anyhow::Result<()> {
     let (of_a, _, a) = repository.open(snapshot_ref(from)).await?;
     let (of_b, _, b) = repository.open(snapshot_ref(to)).await?;
-    if of_a.pool != of_b.pool {
-        let message = "the two images are in different pools and share nothing";
-        return Err(Refusal::new(Exit::Conflict, message).into());
-    }
+    check_same_pool(&of_a, &of_b)?;
     let nodes = repository.nodes(of_a.pool).await?;
     let mut ranges = Vec::new();
     let size = a.size_bytes().max(b.size_bytes());
