@@ -83,7 +83,7 @@ impl Default for FetchLimits {
 #[derive(Clone, Debug)]
 pub(crate) struct Brought {
     pub(crate) bytes: Bytes,
-    /// It was in the cache of this host.
+    /// It was on this host when it was asked for.
     pub(crate) was_here: bool,
 }
 
@@ -150,12 +150,16 @@ impl Fetcher {
         (stall, patience): (&Stall, Duration),
     ) -> Result<Brought, FetchError> {
         let until = Instant::now() + patience;
-        self.patiently(until, stall, || {
-            self.chunks.join(&(pool, id), |reporter| {
+        let mut had_landed = false;
+        let brought = self.patiently(until, stall, || {
+            let flight = self.chunks.join(&(pool, id), |reporter| {
                 Arc::clone(self).bring_chunk(pool, id, chunk_size, until, reporter)
-            })
-        })
-        .await
+            });
+            had_landed = matches!(&*flight.borrow(), Progress::Landed(_));
+            flight
+        });
+        let brought = brought.await?;
+        Ok(Brought { was_here: brought.was_here || had_landed, ..brought })
     }
 
     /// The identities of the chunks `first..first + count` of a tree.
@@ -182,7 +186,7 @@ impl Fetcher {
         &self,
         until: Instant,
         stall: &Stall,
-        join: impl Fn() -> watch::Receiver<Progress<Result<V, FetchError>>>,
+        mut join: impl FnMut() -> watch::Receiver<Progress<Result<V, FetchError>>>,
     ) -> Result<V, FetchError> {
         loop {
             let result = land(join(), stall).await;
