@@ -14,8 +14,8 @@ use bytes::Bytes;
 use rustix::io::Errno;
 
 use crate::disk::{
-    Attempt, BaseError, CheckpointImage, ColdRead, Committed, DiskError, QuickRead, Settled,
-    UpstreamError, Zero,
+    Attempt, BaseError, CheckpointImage, ColdRead, Committed, DiskError, PersistOnDrop, QuickRead,
+    Settled, UpstreamError, Zero,
 };
 use crate::images::ImageFile;
 use crate::ioctl;
@@ -267,16 +267,20 @@ impl OpenFile {
     }
 
     /// Answers an ioctl at once; `None`: [`Self::ioctl`] must.
-    pub(crate) fn try_ioctl(&self, request: ioctl::Request) -> Result<Option<Vec<u8>>, Errno> {
+    pub(crate) fn try_ioctl(&self, request: ioctl::Request) -> Result<Option<Answer>, Errno> {
         let Self::Disk(served) = self else { return Err(Errno::NOTTY) };
         match request {
-            ioctl::Request::Commit { wait_ms: None } => match served.disk.try_commit() {
-                Ok(Some(committed)) => Ok(Some(commit_reply(&committed, SnapshotState::Pending))),
+            ioctl::Request::Commit { wait_ms: None } => match served.disk.try_commit_held() {
+                Ok(Some((committed, persist))) => {
+                    let bytes = commit_reply(&committed, SnapshotState::Pending);
+                    Ok(Some(Answer { bytes, persist: Some(persist) }))
+                }
                 Ok(None) | Err(DiskError::NotCloned(_) | DiskError::NoSpace { .. }) => Ok(None),
                 Err(error) => Err(disk_errno(&error)),
             },
             ioctl::Request::Clone => {
-                Ok(served.disk.checkpoint_image().map(|image| clone_reply(&image)))
+                let image = served.disk.checkpoint_image();
+                Ok(image.map(|image| Answer { bytes: clone_reply(&image), persist: None }))
             }
             ioctl::Request::Commit { wait_ms: Some(_) } | ioctl::Request::Status { .. } => Ok(None),
         }
@@ -305,6 +309,14 @@ impl OpenFile {
             ioctl::Request::Status { number } => status_reply(served, number).await,
         }
     }
+}
+
+/// To an ioctl.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) bytes: Vec<u8>,
+    /// To be dropped once the answer is given.
+    pub(crate) persist: Option<PersistOnDrop>,
 }
 
 /// How far [`OpenFile::try_read`] got.

@@ -24,6 +24,7 @@ mod fuse;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+mod halt_polling;
 pub mod host;
 pub mod host_service;
 mod identity;

@@ -62,6 +62,7 @@ pub(super) async fn start(
         repository_wait: Duration::from_secs(limits.repository_wait),
         prefetch: limits.prefetch.into(),
         prefetch_rate: NonZeroU64::new(limits.prefetch_rate),
+        halt_poll: Duration::from_micros(limits.halt_poll.into()),
         strategy: limits.strategy.into(),
         allow_other: others_may_enter(),
         ..HostOptions::new(dir, mount)

@@ -26,8 +26,8 @@ pub async fn run(args: ProxyArgs, output: Output) -> anyhow::Result<()> {
     // What `vm add` prints must be right in any directory.
     let sockets = std::path::absolute(&args.sockets)?;
     let options = ProxyOptions {
-        guests: args.guests,
-        vsock: args.vsock,
+        guests: args.doors.guests,
+        vsock: args.doors.vsock,
         ..ProxyOptions::new(sockets, &mirror)
     };
     let proxy = Proxy::start(options)?;

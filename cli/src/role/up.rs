@@ -124,8 +124,8 @@ impl Roles {
         let host = mirror::start(&dir.join("mirror"), &mount, &args.limits, repository).await?;
         self.host = Some(host.clone());
         let options = ProxyOptions {
-            guests: args.guests,
-            vsock: args.vsock,
+            guests: args.doors.guests,
+            vsock: args.doors.vsock,
             ..ProxyOptions::new(dir.join("vms"), address.clone())
         };
         let proxy = Proxy::start(options)?;

@@ -66,7 +66,8 @@ impl Shared {
         Ok(image)
     }
 
-    /// Cuts; the commit lock must be held. `None`: two are pending.
+    /// Cuts; the commit lock must be held, and the persister is to be woken afterwards. `None`: two are
+    /// pending.
     fn cut(&self, key: &str, since: Instant) -> Result<Option<Committed>, DiskError> {
         let image = self.checkpoint()?;
         let generation = self.generation.load();
@@ -88,7 +89,6 @@ impl Shared {
                 return self.cut(key, since);
             }
         };
-        self.wake.notify_one();
         Ok(Some(Committed {
             number: cut.number,
             image: image.name.clone(),
@@ -134,15 +134,28 @@ impl Generation {
     }
 }
 
+/// Has a snapshot that was just cut persisted, once it is dropped: whoever waits for the COMMIT is to be
+/// answered before that takes processors from it.
+#[must_use]
+#[derive(Debug)]
+pub(crate) struct PersistOnDrop(Arc<Shared>);
+
+impl Drop for PersistOnDrop {
+    fn drop(&mut self) {
+        self.0.wake.notify_one();
+    }
+}
+
 impl Disk {
-    pub(super) fn try_commit_now(&self) -> Result<Option<Committed>, DiskError> {
+    pub(super) fn try_commit_now(&self) -> Result<Option<(Committed, PersistOnDrop)>, DiskError> {
         if self.shared.strategy().holds_writers() {
             return Ok(None);
         }
         let since = Instant::now();
         // Somebody else who commits or rolls back: wait for that with the asynchronous form.
         let Ok(_one) = self.shared.commit.try_lock() else { return Ok(None) };
-        self.shared.cut("", since)
+        let committed = self.shared.cut("", since)?;
+        Ok(committed.map(|committed| (committed, PersistOnDrop(Arc::clone(&self.shared)))))
     }
 
     pub(super) async fn commit_when_possible(&self) -> Result<Committed, DiskError> {
@@ -153,6 +166,7 @@ impl Disk {
             let since = Instant::now();
             let held = self.shared.hold_writers();
             if let Some(mut committed) = self.shared.cut("", since)? {
+                self.shared.wake.notify_one();
                 if held.is_some() {
                     self.shared.before_writers_go_on(committed.number).await?;
                     committed.downtime = since.elapsed();
@@ -200,7 +214,11 @@ async fn cut_and_hold(
 ) -> Result<BTreeMap<u128, Committed>, DiskError> {
     let since = Instant::now();
     let held: Vec<_> = disks.values().filter_map(|disk| disk.hold_writers()).collect();
-    let mut made = cut_all(disks, key)?;
+    let made = cut_all(disks, key);
+    // Not sooner: a persister would take the processor while writes are held up. Those that were cut
+    // before an error are persisted, too.
+    disks.values().for_each(|disk| disk.wake.notify_one());
+    let mut made = made?;
     if !held.is_empty() {
         let each = disks.iter().map(|(uid, disk)| disk.before_writers_go_on(made[uid].number));
         try_join_all(each).await?;

@@ -84,6 +84,7 @@ use bytes::Bytes;
 use tokio::task::JoinHandle;
 
 pub use budget::{Budget, Budgets};
+pub(crate) use commit::PersistOnDrop;
 pub use create::Plan;
 pub use error::{BaseError, DiskError, UpstreamError};
 pub use io::{FileIo, HostFiles, Which};
@@ -401,6 +402,11 @@ impl Disk {
     /// # Errors
     /// [`DiskError::NotCloned`], and when the host fails.
     pub fn try_commit(&self) -> Result<Option<Committed>, DiskError> {
+        Ok(self.try_commit_now()?.map(|(committed, _)| committed))
+    }
+
+    /// As [`Self::try_commit`], but nothing is persisted before what comes with it is dropped.
+    pub(crate) fn try_commit_held(&self) -> Result<Option<(Committed, PersistOnDrop)>, DiskError> {
         self.try_commit_now()
     }
 

@@ -194,8 +194,11 @@ impl Host {
         let view = Arc::new(View::new(Arc::clone(&inner.disks), images));
         let host_dir = File::open(&inner.options.dir)
             .map_err(|source| HostError::Io { path: inner.options.dir.clone(), source })?;
-        let options =
-            FrontOptions { threads: inner.options.threads, allow_other: inner.options.allow_other };
+        let options = FrontOptions {
+            threads: inner.options.threads,
+            halt_poll: inner.options.halt_poll,
+            allow_other: inner.options.allow_other,
+        };
         let front = Front::new(view, Handle::current(), host_dir, options);
         *lock(&inner.mounted) = Some(fuse::mount(front, &inner.mount_point, options)?);
         Ok(())

@@ -34,6 +34,9 @@ pub struct HostOptions {
     pub strategy: Strategy,
     /// Threads that take requests from the kernel.
     pub threads: usize,
+    /// For how long a thread that has answered looks out for the next request before it sleeps, while
+    /// requests come one by one; zero: not at all.
+    pub halt_poll: Duration,
     /// Let other users than this one into the mount. Hypervisors commonly run as another one.
     pub allow_other: bool,
     /// Permissions of a disk's file; `None`: read and write for all who are let into the mount.
@@ -63,6 +66,7 @@ impl HostOptions {
             prefetch_rate: None,
             strategy: Strategy::default(),
             // Measured: two are best at queue depth 1, four at 32.
+            halt_poll: Duration::ZERO,
             threads: std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4)),
             allow_other: true,
             disk_mode: None,

@@ -199,6 +199,21 @@ async fn two_commits_are_pending_at_most_and_the_third_waits() {
     assert_eq!(setup.world.bytes(third.image_id, 4), setup.disk.all().await);
 }
 
+#[tokio::test]
+async fn who_waits_for_a_commit_is_answered_before_it_is_persisted() {
+    let setup = Setup::usual();
+    setup.disk.ensure_clone().await.unwrap();
+    setup.disk.put(0, &pattern(1, 4096)).await;
+    let (made, persist) = setup.disk.try_commit_held().unwrap().unwrap();
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(setup.world.calls("begin"), 0);
+    drop(persist);
+    setup.disk.settle().await.unwrap();
+    assert_eq!(setup.world.bytes(made.image_id, made.number), setup.disk.all().await);
+}
+
 /// The prototype copied whole runs of chunks, under a global lock and without a bound.
 #[tokio::test]
 async fn copy_on_write_is_by_chunk_and_once() {
