@@ -405,7 +405,7 @@ impl Disk {
         Ok(self.try_commit_now()?.map(|(committed, _)| committed))
     }
 
-    /// As [`Self::try_commit`], but nothing is persisted before what comes with it is dropped.
+    /// As [`Self::try_commit`], but a persister that sleeps is not woken before what comes with it is dropped.
     pub(crate) fn try_commit_held(&self) -> Result<Option<(Committed, PersistOnDrop)>, DiskError> {
         self.try_commit_now()
     }
