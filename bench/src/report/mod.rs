@@ -141,6 +141,12 @@ impl Table {
     pub fn ratio(&self, label: &str, subject: usize) -> Option<f64> {
         self.row(label)?.ratio(subject)
     }
+
+    /// The same of any subject of ours.
+    #[must_use]
+    pub fn ratio_of(&self, label: &str, ours: usize, subject: usize) -> Option<f64> {
+        self.row(label)?.ratio_of(ours, subject)
+    }
 }
 
 impl Row {
@@ -154,7 +160,11 @@ impl Row {
     /// machine does meanwhile changes from round to round.
     #[must_use]
     pub fn ratio(&self, subject: usize) -> Option<f64> {
-        let rounds = self.samples.first()?.iter().zip(self.samples.get(subject)?);
+        self.ratio_of(0, subject)
+    }
+
+    fn ratio_of(&self, ours: usize, subject: usize) -> Option<f64> {
+        let rounds = self.samples.get(ours)?.iter().zip(self.samples.get(subject)?);
         Some(Spread::of(rounds.map(|(ours, theirs)| ours / theirs))?.median)
     }
 }

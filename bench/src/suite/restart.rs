@@ -15,7 +15,6 @@ use blobcr_tests::vm::{Vm, VmSpec};
 use super::Settings;
 use crate::random_bytes;
 use crate::report::{Bound, Report, Table};
-use crate::spread::Spread;
 
 const MIB: u64 = 1 << 20;
 /// Where the data of the program begins: behind the operating system.
@@ -168,13 +167,6 @@ fn round(image: &GuestImage, sizes: Sizes) -> anyhow::Result<[Costs; 3]> {
     Ok([ahead, lazy, copied])
 }
 
-/// A subject in units of copying first: the median of the rounds' ratios.
-fn against_copy(table: &Table, label: &str, subject: usize) -> Option<f64> {
-    let row = table.row(label)?;
-    let rounds = row.samples.get(subject)?.iter().zip(row.samples.get(COPY)?);
-    Some(Spread::of(rounds.map(|(ours, copy)| ours / copy))?.median)
-}
-
 pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
     let image = GuestImage::get()?;
     let sizes = Sizes {
@@ -200,10 +192,10 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
     let [_, _, finished] = MOMENTS;
     for subject in [LAZY, PREFETCH] {
         let name = SUBJECTS[subject];
-        let ratio = against_copy(&moved, finished, subject);
+        let ratio = moved.ratio_of(finished, subject, COPY);
         let what = format!("{name}: bytes moved against copying first");
         report.claim(&what, Bound::AtMost(0.25), ratio, "×");
-        let ratio = against_copy(&seconds, finished, subject);
+        let ratio = seconds.ratio_of(finished, subject, COPY);
         let what = format!("{name}: time until the program has ended");
         report.claim(&what, Bound::AtMost(0.5), ratio, "×");
     }

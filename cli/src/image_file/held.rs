@@ -7,10 +7,10 @@ use std::path::Path;
 
 use blobcr_proto::{ChunkSize, Hash};
 use blobcr_repository::Identified;
-use bytes::Bytes;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
+use super::read_chunk;
 use crate::exit::{Exit, Refusal};
 
 /// See the module. All calls block.
@@ -50,10 +50,9 @@ impl HeldFile {
     /// # Errors
     /// When the disk breaks.
     pub fn identity(&self, chunk: u64) -> io::Result<Option<Hash>> {
-        let (start, len) = self.place(chunk);
-        let mut plain = vec![0; self.chunk_size.len()];
-        self.file.read_exact_at(&mut plain[..len], start)?;
-        Ok(Identified::of(Bytes::from(plain)).map(|found| found.id))
+        let (start, _) = self.place(chunk);
+        let plain = read_chunk(&self.file, self.size_bytes, start, self.chunk_size)?;
+        Ok(Identified::of(plain).map(|found| found.id))
     }
 
     /// Writes a whole chunk; `None`: zeros, as a hole where the file system can.

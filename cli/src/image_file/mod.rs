@@ -14,6 +14,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use blobcr_proto::ChunkSize;
+use bytes::Bytes;
 
 use crate::args::{ImportArgs, ImportFormat};
 use crate::exit::{Exit, Refusal};
@@ -47,6 +48,19 @@ pub async fn open(args: &ImportArgs, chunk_size: ChunkSize) -> anyhow::Result<Ra
         return RawFile::temporary(raw, chunk_size);
     }
     RawFile::open(file, chunk_size)
+}
+
+/// The whole chunk of a raw file of `size_bytes` that begins at `start`, with zeros behind the file's end.
+fn read_chunk(
+    file: &File,
+    size_bytes: u64,
+    start: u64,
+    chunk_size: ChunkSize,
+) -> io::Result<Bytes> {
+    let here = size_bytes.saturating_sub(start).min(chunk_size.bytes()) as usize;
+    let mut chunk = vec![0; chunk_size.len()];
+    file.read_exact_at(&mut chunk[..here], start)?;
+    Ok(chunk.into())
 }
 
 fn wants_qcow2(format: ImportFormat, file: &File) -> io::Result<bool> {

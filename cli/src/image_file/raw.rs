@@ -3,7 +3,7 @@
 use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -15,6 +15,7 @@ use bytes::Bytes;
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 
 use super::extents::next_data;
+use super::read_chunk;
 use crate::exit::{Exit, Refusal};
 
 /// A raw file that is being imported: whole chunks of it, and where they are.
@@ -99,14 +100,12 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 impl Opened {
     fn chunk(&self, start: u64, chunk_size: ChunkSize) -> Result<Bytes, Cause> {
-        let wanted = self.size_bytes.saturating_sub(start).min(chunk_size.bytes()) as usize;
-        let mut chunk = vec![0; chunk_size.len()];
-        let read = self.file.read_exact_at(&mut chunk[..wanted], start);
+        let read = read_chunk(&self.file, self.size_bytes, start, chunk_size);
         // Looked at behind each chunk: an image of two moments of a disk is worth nothing.
         self.check_unchanged()?;
         match read {
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Err(changed().into()),
-            read => Ok(read.map(|()| Bytes::from(chunk))?),
+            read => Ok(read?),
         }
     }
 
@@ -150,6 +149,8 @@ impl SparseSource for RawFile {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     #[tokio::test]

@@ -147,8 +147,7 @@ impl ChunkCache {
     pub fn has_idle_room(&self, chunk_size: ChunkSize) -> bool {
         let size = chunk_size.bytes();
         let used = self.used_bytes.load(Ordering::Relaxed);
-        let may_grow = used.saturating_add(size) <= self.limits.capacity_bytes
-            && self.free_bytes() >= self.limits.keep_free_bytes.saturating_add(size);
+        let may_grow = self.grown(used, size).is_some() && self.leaves_enough_free(size);
         may_grow || self.slabs[class(chunk_size)].get().is_some_and(Slab::next_is_idle)
     }
 
@@ -248,16 +247,26 @@ impl ChunkCache {
     }
 
     fn claim_grown(&self, slab: &Slab, size: u64) -> Option<u32> {
-        if self.free_bytes() < self.limits.keep_free_bytes.saturating_add(size) {
+        if !self.leaves_enough_free(size) {
             return None;
         }
-        let grow = |used: u64| (used + size <= self.limits.capacity_bytes).then_some(used + size);
+        let grow = |used| self.grown(used, size);
         self.used_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, grow).ok()?;
         let slot = slab.claim_empty();
         if slot.is_none() {
             self.used_bytes.fetch_sub(size, Ordering::Relaxed);
         }
         slot
+    }
+
+    /// Whether the file system has `size` bytes besides those that are to be kept free.
+    fn leaves_enough_free(&self, size: u64) -> bool {
+        self.free_bytes() >= self.limits.keep_free_bytes.saturating_add(size)
+    }
+
+    /// What is used with `size` bytes more, if that may be.
+    fn grown(&self, used: u64, size: u64) -> Option<u64> {
+        used.checked_add(size).filter(|grown| *grown <= self.limits.capacity_bytes)
     }
 
     fn largest(&self) -> Option<&Slab> {

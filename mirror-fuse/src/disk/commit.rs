@@ -147,7 +147,14 @@ impl Drop for PersistOnDrop {
 }
 
 impl Disk {
-    pub(super) fn try_commit_now(&self) -> Result<Option<(Committed, PersistOnDrop)>, DiskError> {
+    /// COMMIT (algorithm 2): what the disk holds now becomes a snapshot. Costs the same however
+    /// much has changed. `None`: two are being persisted already, another COMMIT is under way, or
+    /// the strategy has it take long. A persister that sleeps is not woken before what comes with it is
+    /// dropped.
+    ///
+    /// # Errors
+    /// [`DiskError::NotCloned`], and when the host fails.
+    pub(crate) fn try_commit_held(&self) -> Result<Option<(Committed, PersistOnDrop)>, DiskError> {
         if self.shared.strategy().holds_writers() {
             return Ok(None);
         }

@@ -395,25 +395,15 @@ impl Disk {
         self.shared.checkpoint.get().cloned()
     }
 
-    /// COMMIT (algorithm 2): what the disk holds now becomes a snapshot. Costs the same however
-    /// much has changed. `None`: two are being persisted already, another COMMIT is under way, or
-    /// the strategy has it take long.
-    ///
-    /// # Errors
-    /// [`DiskError::NotCloned`], and when the host fails.
-    pub fn try_commit(&self) -> Result<Option<Committed>, DiskError> {
-        Ok(self.try_commit_now()?.map(|(committed, _)| committed))
-    }
-
-    /// As [`Self::try_commit`], but a persister that sleeps is not woken before what comes with it is dropped.
-    pub(crate) fn try_commit_held(&self) -> Result<Option<(Committed, PersistOnDrop)>, DiskError> {
-        self.try_commit_now()
+    #[cfg(test)]
+    fn try_commit(&self) -> Result<Option<Committed>, DiskError> {
+        Ok(self.try_commit_held()?.map(|(committed, _)| committed))
     }
 
     /// CLONE where it is the first, then COMMIT; waits until fewer than two are being persisted.
     ///
     /// # Errors
-    /// As [`Self::ensure_clone`] and [`Self::try_commit`].
+    /// As [`Self::ensure_clone`], and when the host fails.
     pub async fn commit(&self) -> Result<Committed, DiskError> {
         self.commit_when_possible().await
     }
