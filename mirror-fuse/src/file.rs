@@ -201,6 +201,13 @@ impl OpenFile {
         }
     }
 
+    /// What can be done after a write was answered, for what is likely to come next.
+    pub(crate) fn written(&self) {
+        if let Self::Disk(served) = self {
+            served.disk.write_out_early();
+        }
+    }
+
     pub(crate) async fn write(&self, offset: u64, data: Bytes) -> Result<(), Errno> {
         let served = self.writable()?;
         loop {

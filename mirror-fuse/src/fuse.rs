@@ -153,7 +153,12 @@ impl Front {
 
     /// Serves one of those requests that a guest makes again and again.
     fn serve(&self, serve: impl FnOnce()) {
-        self.polling.serve(|| guarded(serve));
+        self.serve_then(serve, || {});
+    }
+
+    /// The same; `then` is done after it was answered.
+    fn serve_then(&self, serve: impl FnOnce(), then: impl FnOnce()) {
+        self.polling.serve(|| guarded(serve), || guarded(then));
     }
 
     fn open_disk(&self, ino: u64, reply: ReplyOpen) {
@@ -188,12 +193,13 @@ impl Front {
         });
     }
 
-    fn write_file(&self, file: Arc<OpenFile>, offset: u64, data: &[u8], reply: ReplyWrite) {
+    fn write_file(&self, file: &Arc<OpenFile>, offset: u64, data: &[u8], reply: ReplyWrite) {
         match file.try_write(offset, data) {
             Err(error) => reply.error(errno(error)),
             Ok(TryWrite::Done(written)) => reply.written(written as u32),
             Ok(TryWrite::Later { done, total }) => {
                 let rest = Bytes::copy_from_slice(&data[done..total]);
+                let file = Arc::clone(file);
                 self.runtime.spawn(async move {
                     match file.write(offset + done as u64, rest).await {
                         Ok(()) => reply.written(total as u32),

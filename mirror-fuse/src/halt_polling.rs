@@ -58,14 +58,17 @@ impl HaltPolling {
         self.made.elapsed().as_nanos() as u64
     }
 
-    /// Serves a request, and looks out for the next one.
-    pub(crate) fn serve(&self, serve: impl FnOnce()) {
+    /// Serves a request, does `then` what nobody waits for, and looks out for the next request.
+    pub(crate) fn serve(&self, serve: impl FnOnce(), then: impl FnOnce()) {
         if self.ns == 0 {
-            return serve();
+            serve();
+            return then();
         }
         self.arrived();
         serve();
-        if self.has_time() {
+        let has_time = self.has_time();
+        then();
+        if has_time {
             self.look_out();
         }
     }
@@ -125,7 +128,7 @@ mod tests {
     fn expecting(time: Duration) -> (HaltPolling, OwnedFd) {
         let polling = HaltPolling::new(time);
         for _ in 0..SCORE_ENOUGH {
-            polling.serve(|| {});
+            polling.serve(|| {}, || {});
         }
         let (device, requests) = std::io::pipe().unwrap();
         polling.watch(device.into());
@@ -134,7 +137,7 @@ mod tests {
 
     fn is_quick(polling: &HaltPolling) -> bool {
         let began = Instant::now();
-        polling.serve(|| {});
+        polling.serve(|| {}, || {});
         began.elapsed() < LONG / 2
     }
 
@@ -158,14 +161,14 @@ mod tests {
         let time = Duration::from_millis(20);
         let (polling, _requests) = expecting(time);
         let began = Instant::now();
-        polling.serve(|| {});
+        polling.serve(|| {}, || {});
         assert!((time..LONG).contains(&began.elapsed()));
     }
 
     #[test]
     fn one_that_serves_beside_others_does_not_wait_nor_does_a_second_one() {
         let (polling, _requests) = expecting(LONG);
-        polling.serve(|| assert!(is_quick(&polling)));
+        polling.serve(|| assert!(is_quick(&polling)), || {});
         let (polling, _requests) = expecting(LONG);
         polling.somebody_looks.store(true, Ordering::Relaxed);
         assert!(is_quick(&polling));
@@ -176,7 +179,7 @@ mod tests {
         let (polling, _requests) = expecting(Duration::from_nanos(1));
         for _ in 0..SCORE_MAX {
             std::thread::sleep(Duration::from_micros(10));
-            polling.serve(|| {});
+            polling.serve(|| {}, || {});
         }
         assert_eq!(polling.score.load(Ordering::Relaxed), 0);
         assert!(is_quick(&HaltPolling::new(Duration::ZERO)));

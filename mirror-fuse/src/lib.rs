@@ -14,8 +14,10 @@
 //! | `fuse` | the front end; the only file that names the fuser crate |
 //! | `file`, `listing` | what system calls on files and directories of the mount do |
 //! | `view`, `images`, `registry`, `inode` | the tree of the mount |
+//! | `background` | the threads that persist |
 //! | `identity` | whose a mirror's directory is |
 
+mod background;
 pub mod base;
 pub mod cache;
 pub mod disk;

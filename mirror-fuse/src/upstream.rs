@@ -48,6 +48,8 @@ const PAGE: u32 = 1000;
 #[derive(Debug)]
 pub struct RepositoryUpstream {
     repository: Repository,
+    /// The same, for what is stored: its connections are served by whoever persists.
+    stores: Repository,
     limits: PersistLimits,
     lease_ttl: Duration,
     jobs: Mutex<HashMap<SnapshotKey, Arc<Job>>>,
@@ -157,7 +159,13 @@ impl RepositoryUpstream {
     #[must_use]
     pub fn new(repository: Repository, limits: PersistLimits) -> Self {
         let limits = PersistLimits { give_up_after: NEVER_GIVE_UP, ..limits };
-        Self { repository, limits, lease_ttl: SNAPSHOT_LEASE_TTL, jobs: Mutex::default() }
+        Self {
+            stores: repository.apart(),
+            repository,
+            limits,
+            lease_ttl: SNAPSHOT_LEASE_TTL,
+            jobs: Mutex::default(),
+        }
     }
 
     /// The same, with another time to live of each snapshot's lease.
@@ -251,7 +259,7 @@ impl RepositoryUpstream {
         &self,
         id: u32,
     ) -> Result<(Arc<dyn ObjectStore>, Arc<dyn NodeSource>), CatalogError> {
-        Ok((self.repository.pool(id).await?, self.repository.nodes(id).await?))
+        Ok((self.stores.pool(id).await?, self.repository.nodes(id).await?))
     }
 
     /// Opens the pool; waits for the repository.

@@ -9,20 +9,47 @@ use tokio::sync::Semaphore;
 const INLINE_BYTES: usize = 16 << 10;
 
 /// One at a time for each core: more would only take turns, and hold their buffers meanwhile.
-static CORES: LazyLock<Semaphore> =
-    LazyLock::new(|| Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));
+type Cores = LazyLock<Semaphore>;
 
-/// Runs `work`, which touches about `bytes` bytes, off the threads of the asynchronous runtime
-/// (unless it is little, or that has one thread only: a simulation, whose course no other thread
-/// may decide).
+fn cores() -> Semaphore {
+    Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))
+}
+
+/// For what is read, and what is stored: a guest waits for the one, and the other may be done by
+/// threads that give way to everybody.
+static READING: Cores = LazyLock::new(cores);
+static STORING: Cores = LazyLock::new(cores);
+
+/// Runs `work`, which opens about `bytes` bytes that were read, off the threads of the asynchronous
+/// runtime (unless it is little, or that has one thread only: a simulation, whose course no other
+/// thread may decide).
 ///
 /// # Panics
 /// When `work` does.
-pub async fn run<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> T {
+pub async fn read<T: Send + 'static>(bytes: usize, work: impl FnOnce() -> T + Send + 'static) -> T {
+    run(&READING, bytes, work).await
+}
+
+/// The same for `work` that makes about `bytes` bytes ready to be stored.
+///
+/// # Panics
+/// When `work` does.
+pub async fn store<T: Send + 'static>(
+    bytes: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    run(&STORING, bytes, work).await
+}
+
+async fn run<T: Send + 'static>(
+    cores: &Semaphore,
+    bytes: usize,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
     if bytes <= INLINE_BYTES || Handle::current().runtime_flavor() == RuntimeFlavor::CurrentThread {
         return work();
     }
-    let _core = CORES.acquire().await.expect("the semaphore is never closed");
+    let _core = cores.acquire().await.expect("the semaphore is never closed");
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
         Err(error) => match error.try_into_panic() {

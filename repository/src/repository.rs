@@ -23,6 +23,9 @@ pub trait PoolOpener: Send + Sync + 'static {
         catalog: &Arc<dyn Catalog>,
         pool: v1::Pool,
     ) -> Result<Arc<dyn ObjectStore>, CatalogError>;
+
+    /// The same, over connections of its own.
+    fn apart(self: Arc<Self>) -> Arc<dyn PoolOpener>;
 }
 
 /// A repository. Clones are cheap and share connections and caches.
@@ -76,6 +79,14 @@ impl Repository {
         options: ConnectOptions,
     ) -> Self {
         Self(Arc::new(Inner { catalog, opener, options, pools: Mutex::default() }))
+    }
+
+    /// The same repository over connections to its nodes and caches of its own: what goes through
+    /// them waits neither for what goes through these, nor for threads of whoever made these.
+    #[must_use]
+    pub fn apart(&self) -> Self {
+        let opener = Arc::clone(&self.0.opener).apart();
+        Self::over(Arc::clone(&self.0.catalog), opener, self.0.options.clone())
     }
 
     /// How servers are connected to, for who talks to one past its pool.

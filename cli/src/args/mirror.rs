@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, value_parser};
 
 use super::{PrefetchArg, StrategyArg};
 use crate::size::parse_size;
@@ -50,6 +50,10 @@ pub struct MirrorLimits {
     /// not at all
     #[arg(long, value_name = "MICROSECONDS", default_value_t = HALT_POLL_US)]
     pub halt_poll: u32,
+    /// By how many steps of nice(1) the threads that persist snapshots give way to guests and to
+    /// everything else of this mirror
+    #[arg(long, value_name = "STEPS", default_value_t = PERSIST_NICE, value_parser = value_parser!(u8).range(..=19))]
+    pub persist_nice: u8,
     /// How a snapshot is kept as it was while its disk is written on
     #[arg(long, value_enum, default_value = "selective")]
     pub strategy: StrategyArg,
@@ -61,3 +65,7 @@ const HALT_POLL_US: u32 = 120;
 
 /// A day: guests that see an I/O error turn their file systems read-only for good.
 const REPOSITORY_WAIT_S: u64 = 24 * 3600;
+
+/// A quarter of a processor for which something else competes, and all of one that is idle: less would
+/// keep a snapshot of a busy host from being stable for too long.
+const PERSIST_NICE: u8 = 5;

@@ -63,6 +63,7 @@ pub(super) async fn start(
         prefetch: limits.prefetch.into(),
         prefetch_rate: NonZeroU64::new(limits.prefetch_rate),
         halt_poll: Duration::from_micros(limits.halt_poll.into()),
+        persist_nice: limits.persist_nice,
         strategy: limits.strategy.into(),
         allow_other: others_may_enter(),
         ..HostOptions::new(dir, mount)

@@ -120,9 +120,8 @@ impl Copier<'_> {
         Ok(slot.map(|slot| Content { present, packed: Packed::Spilled(slot) }))
     }
 
-    /// Reads a chunk's sectors for a reader that is bounded by itself; its lock must be held.
-    pub(super) fn read(&self, chunk: u64) -> Result<Content, DiskError> {
-        let present = present_runs(self.map, self.shape, chunk);
+    /// Reads those sectors of a chunk for a reader that is bounded by itself.
+    pub(super) fn read(&self, chunk: u64, present: Vec<Sectors>) -> Result<Content, DiskError> {
         let len = present.iter().map(|run| run.bytes()).sum();
         let bytes = packed(self.delta, self.shape.chunk_start(chunk), &present, len)?;
         Ok(Content { present, packed: Packed::Borrowed(bytes) })

@@ -14,8 +14,8 @@
 //!
 //! * A write whose check is before the cut is in the snapshot as a whole (as far as that chunk is
 //!   concerned), even when its bytes reach the delta after the cut: it holds the chunk's lock until
-//!   they have, and the persister takes that lock to read the chunk, as does a later write that
-//!   would copy the chunk aside.
+//!   they have, and the persister takes that lock before it reads the chunk, as does a later write
+//!   that would copy the chunk aside.
 //! * A write whose check is after the cut is not in it: the chunk's mark is then older than the
 //!   current epoch, so the bytes that it is about to change are copied aside if the snapshot still
 //!   needs them.

@@ -11,8 +11,10 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use super::DiskError;
+use super::early::Early;
 use super::generation::Generation;
 use super::journal::{Entry, Journal};
 
@@ -29,6 +31,8 @@ pub(super) struct Flusher {
     journal: Mutex<Journal>,
     /// The generation was rolled back: its files are about to go.
     retired: AtomicBool,
+    early: Early,
+    made: Instant,
 }
 
 #[derive(Debug, Default)]
@@ -62,13 +66,20 @@ impl Flusher {
             incomplete: AtomicBool::new(false),
             journal: Mutex::new(journal),
             retired: AtomicBool::new(false),
+            early: Early::default(),
+            made: Instant::now(),
         }
+    }
+
+    fn now(&self) -> u64 {
+        self.made.elapsed().as_nanos() as u64
     }
 
     /// Something was written. Told after the write and before it is acknowledged.
     pub(super) fn touched(&self) {
         if !self.touched.load(Ordering::Relaxed) {
             self.touched.store(true, Ordering::Release);
+            self.early.written(self.now());
         }
     }
 
@@ -115,6 +126,14 @@ impl Generation {
         }
     }
 
+    /// Starts the device on what was written, if a flush is likely to come at once. To be called after
+    /// a write was answered: nobody waits for it, and nothing depends on it.
+    pub(super) fn write_out_early(&self) {
+        if self.flusher.early.take() {
+            self.delta.start_write_out();
+        }
+    }
+
     fn failure(&self, failure: Option<&Failure>) -> DiskError {
         // A failed fsync is what everybody is told from then on.
         if let Err(poisoned) = self.files().check() {
@@ -138,6 +157,7 @@ impl Generation {
         if !self.flusher.touched.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
+        self.flusher.early.flushed(self.flusher.now());
         let changed = self.stripes.take_changed();
         let done = self.make_durable(&changed);
         if done.is_err() {

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio::runtime::Handle;
+
 use super::aside::Copier;
 use super::base_view::BaseView;
 use super::budget::Budgets;
@@ -184,7 +186,23 @@ impl Common {
         &self,
         call: impl FnOnce() -> Result<T, DiskError> + Send + 'static,
     ) -> Result<T, DiskError> {
-        match self.deps.runtime.spawn_blocking(call).await {
+        self.blocking_on(&self.deps.runtime, call).await
+    }
+
+    /// The same for what no guest waits for.
+    pub(super) async fn in_background<T: Send + 'static>(
+        &self,
+        call: impl FnOnce() -> Result<T, DiskError> + Send + 'static,
+    ) -> Result<T, DiskError> {
+        self.blocking_on(&self.deps.background, call).await
+    }
+
+    async fn blocking_on<T: Send + 'static>(
+        &self,
+        runtime: &Handle,
+        call: impl FnOnce() -> Result<T, DiskError> + Send + 'static,
+    ) -> Result<T, DiskError> {
+        match runtime.spawn_blocking(call).await {
             Ok(done) => done,
             Err(error) => match error.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `upstreams` | the traits through which a disk sees the attached snapshot and the repository |
 //! | `write`, `zero`, `read`, `seek` | what a guest does |
-//! | `flush` | the promise that a guest's flush makes |
+//! | `flush`, `early` | the promise that a guest's flush makes, and starting on it before it comes |
 //! | `epochs`, `gate`, `commit` | CLONE, COMMIT, and why a snapshot is a consistent cut |
 //! | `stripes`, `aside`, `spill`, `budget` | selective copy-on-write |
 //! | `strategy` | what else a snapshot could be kept by, for comparison |
@@ -40,6 +40,7 @@ mod capture;
 mod commit;
 mod create;
 mod delta;
+mod early;
 mod epochs;
 mod error;
 mod facts;
@@ -215,8 +216,8 @@ impl Disk {
 
     fn start(start: Start) -> Arc<Self> {
         let shared = Shared::new(start);
-        let runtime = shared.common.deps.runtime.clone();
-        let persister = runtime.spawn(persister::run(Arc::clone(&shared)));
+        let background = shared.common.deps.background.clone();
+        let persister = background.spawn(persister::run(Arc::clone(&shared)));
         Arc::new(Self { shared, persister: Mutex::new(Some(persister)) })
     }
 
@@ -262,6 +263,12 @@ impl Disk {
         }
         let generation = self.shared.generation.load();
         generation.write(offset, data, None, Room::Memory).map(Attempt::from)
+    }
+
+    /// To be called after a write was answered: starts the device on it, if a flush is likely to
+    /// come.
+    pub(crate) fn write_out_early(&self) {
+        self.shared.generation.load().write_out_early();
     }
 
     /// Writes; waits for the rest of a sector that was never fetched, and for room for copies.

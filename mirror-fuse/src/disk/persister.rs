@@ -134,7 +134,8 @@ async fn persist(
             tracing::warn!(disk = shared.disk(), number, reason, "snapshot failed");
             shared.settle(number, Settled::Failed { reason: reason.clone() });
             let of_blocking = Arc::clone(generation);
-            if shared.common.blocking(move || of_blocking.give_back(&snapshot)).await.is_err() {
+            if shared.common.in_background(move || of_blocking.give_back(&snapshot)).await.is_err()
+            {
                 // The disk is stopped: the snapshot is as it was, for the next process.
                 return std::future::pending().await;
             }
@@ -174,16 +175,12 @@ async fn attempt(
     let of_blocking = Arc::clone(generation);
     let number = snapshot.number;
     let sort = move || Ok(of_blocking.epochs.chunks(number));
-    let chunks = shared.common.blocking(sort).await.map_err(Failed::because)?;
+    let chunks = shared.common.in_background(sort).await.map_err(Failed::because)?;
     let base = generation.epochs.facts().stable_root;
     let of_stalls = Arc::clone(shared);
     let stalled: Arc<dyn Fn(Option<String>) + Send + Sync> =
         Arc::new(move |why| of_stalls.set_stalled(why));
-    let captures = Captures {
-        generation: Arc::clone(generation),
-        snapshot: snapshot.clone(),
-        stalled: Arc::clone(&stalled),
-    };
+    let captures = Captures::new(Arc::clone(generation), snapshot.clone(), Arc::clone(&stalled));
     let work = Work {
         pool: generation.source.pool,
         base: base.unwrap_or_else(|| generation.source.root.clone()),

@@ -40,8 +40,10 @@ pub struct DiskDeps {
     pub io: Arc<dyn FileIo>,
     /// Names the present run of the host's kernel: another one means that the page cache is gone.
     pub boot_id: String,
-    /// Where the disk's persister runs.
+    /// Where what a guest waits for is done.
     pub runtime: Handle,
+    /// Where the disk's persister runs.
+    pub background: Handle,
     /// How a snapshot is kept as it was while the guest writes on.
     pub strategy: Strategy,
 }
@@ -72,6 +74,7 @@ impl DiskDeps {
             io: Arc::new(HostFiles),
             boot_id: std::fs::read_to_string(BOOT_ID)?.trim().to_owned(),
             runtime: Handle::current(),
+            background: Handle::current(),
             strategy: Strategy::default(),
         })
     }

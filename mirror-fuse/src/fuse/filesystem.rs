@@ -164,7 +164,9 @@ impl Filesystem for Front {
         reply: ReplyWrite,
     ) {
         match self.file(handle) {
-            Ok(file) => self.serve(|| self.write_file(file, offset, data, reply)),
+            Ok(file) => {
+                self.serve_then(|| self.write_file(&file, offset, data, reply), || file.written())
+            }
             Err(error) => reply.error(errno(error)),
         }
     }

@@ -19,6 +19,7 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
+use crate::background::Background;
 use crate::base::{DiskBases, FetchLimits, Snapshots};
 use crate::cache::{CacheLimits, CacheStatus, ChunkCache};
 use crate::disk::{BaseOpener, Budgets, Disk, DiskDeps, DiskError};
@@ -55,6 +56,8 @@ struct Inner {
     snapshots: Arc<Snapshots>,
     prefetcher: Option<Arc<Prefetcher>>,
     deps: DiskDeps,
+    /// Where the disks' persisters run.
+    _background: Background,
     disks: Arc<Disks>,
     stopping: watch::Sender<bool>,
     directory: Directory,
@@ -113,7 +116,12 @@ impl Host {
         };
         let bases = DiskBases::new(Arc::clone(&snapshots), None);
         let deps = DiskDeps::new(bases, upstream, budgets).map_err(failed(&options.dir))?;
-        let deps = DiskDeps { strategy: options.strategy, ..deps };
+        let background = Background::start(options.persist_nice).map_err(failed(&options.dir))?;
+        let deps = DiskDeps {
+            strategy: options.strategy,
+            background: background.handle().clone(),
+            ..deps
+        };
         let disks_dir = options.dir.join("disks");
         make_durable(&disks_dir).map_err(failed(&disks_dir))?;
         Ok(Self(Arc::new(Inner {
@@ -124,6 +132,7 @@ impl Host {
             snapshots,
             prefetcher,
             deps,
+            _background: background,
             disks: Arc::default(),
             mounted: Mutex::default(),
             stopping: watch::channel(false).0,

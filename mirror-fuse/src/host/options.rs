@@ -37,6 +37,8 @@ pub struct HostOptions {
     /// For how long a thread that has answered looks out for the next request before it sleeps, while
     /// requests come one by one; zero: not at all.
     pub halt_poll: Duration,
+    /// Steps of `nice(1)` by which the threads that persist snapshots are below the others.
+    pub persist_nice: u8,
     /// Let other users than this one into the mount. Hypervisors commonly run as another one.
     pub allow_other: bool,
     /// Permissions of a disk's file; `None`: read and write for all who are let into the mount.
@@ -68,6 +70,7 @@ impl HostOptions {
             // Measured: two are best at queue depth 1, four at 32.
             halt_poll: Duration::ZERO,
             threads: std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 4)),
+            persist_nice: 0,
             allow_other: true,
             disk_mode: None,
             disk_uid: None,

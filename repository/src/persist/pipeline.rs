@@ -1,5 +1,5 @@
 //! The stages of a persist. They are polled side by side, so that a slow network never keeps a
-//! read of the source from finishing (the mirror holds guests' writes until it has).
+//! read of the source from finishing (until it has, the mirror copies what guests overwrite).
 
 use std::collections::HashSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};

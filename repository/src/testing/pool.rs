@@ -165,4 +165,8 @@ impl PoolOpener for MemoryPool {
     ) -> Result<Arc<dyn ObjectStore>, CatalogError> {
         Ok(Arc::new(self.clone()))
     }
+
+    fn apart(self: Arc<Self>) -> Arc<dyn PoolOpener> {
+        self
+    }
 }

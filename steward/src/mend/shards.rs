@@ -188,10 +188,10 @@ async fn recovered<'r>(
         };
         encodings.iter().find_map(first_of).map(|(whole, _)| whole)
     };
-    cpu::run(bytes, recover).await
+    cpu::read(bytes, recover).await
 }
 
 async fn cut(stripe: &Arc<Stripe>, whole: v1::Record) -> Option<Vec<v1::Record>> {
     let stripe = Arc::clone(stripe);
-    cpu::run(whole.payload.len(), move || stripe.cut(&whole).ok()).await
+    cpu::store(whole.payload.len(), move || stripe.cut(&whole).ok()).await
 }

@@ -372,6 +372,10 @@ impl PoolOpener for Hooked {
         let store = self.pools.open(catalog, pool).await?;
         Ok(Arc::new(HookedStore { store, before_nodes: Arc::clone(&self.before_nodes) }))
     }
+
+    fn apart(self: Arc<Self>) -> Arc<dyn PoolOpener> {
+        self
+    }
 }
 
 struct HookedStore {

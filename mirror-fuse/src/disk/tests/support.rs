@@ -513,6 +513,7 @@ pub(crate) fn deps(world: &Arc<World>, room: (u64, u64), boot: &str) -> DiskDeps
         io: Arc::new(HostFiles),
         boot_id: boot.into(),
         runtime: tokio::runtime::Handle::current(),
+        background: tokio::runtime::Handle::current(),
         strategy: Strategy::default(),
     }
 }

@@ -37,6 +37,6 @@ impl Pile {
         }
         let (stripe, shards) = (Arc::clone(&self.stripe), others.clone());
         let bytes = shards.first()?.whole.bytes();
-        cpu::run(bytes, move || stripe.recover(&shards).map(|(_, plain)| plain)).await
+        cpu::read(bytes, move || stripe.recover(&shards).map(|(_, plain)| plain)).await
     }
 }

@@ -42,7 +42,7 @@ impl RemotePool {
         let bytes = objects.iter().map(|object| object.plain.len()).sum();
         let stripe_of = |object: Object| (self.stripe_of(object.kind).cloned(), object);
         let objects: Vec<_> = objects.into_iter().map(stripe_of).collect();
-        cpu::run(bytes, move || {
+        cpu::store(bytes, move || {
             let encode = |(stripe, object): (Option<Arc<Stripe>>, _)| {
                 encode(object, &compressor, stripe.as_deref())
             };

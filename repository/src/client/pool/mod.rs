@@ -91,6 +91,10 @@ impl PoolOpener for RemotePools {
             pool,
         }))
     }
+
+    fn apart(self: Arc<Self>) -> Arc<dyn PoolOpener> {
+        Arc::new(Self::new(self.options.clone()))
+    }
 }
 
 /// A node, and its place in the row of a partition: which shard it holds.

@@ -212,7 +212,7 @@ fn record_in(found: v1::Found) -> Answer<v1::Record> {
 pub(super) async fn opened(found: v1::Found, kind: RecordKind, id: Hash) -> Answer<Bytes> {
     let record = record_in(found)?;
     let bytes = record.plain_len as usize;
-    match cpu::run(bytes, move || record::open(&record)).await {
+    match cpu::read(bytes, move || record::open(&record)).await {
         Ok((key, plain)) if key == RecordKey::whole(kind, id) => Ok(plain),
         Ok((key, _)) => Err(NodeError::Damaged(format!("the node gave {} instead", key.id))),
         Err(error) => Err(NodeError::Damaged(error.to_string())),

@@ -132,6 +132,7 @@ fn deps(boot_id: &str) -> DiskDeps {
         io: Arc::new(HostFiles),
         boot_id: boot_id.to_owned(),
         runtime: tokio::runtime::Handle::current(),
+        background: tokio::runtime::Handle::current(),
         strategy: Strategy::default(),
     }
 }
