@@ -8,7 +8,10 @@ use tokio::runtime::{Builder, Handle, Runtime};
 /// A runtime of its own, whose threads have a lower priority than the rest of the process. Its tasks
 /// end when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Background(Option<Runtime>);
+pub struct Background {
+    runtime: Option<Runtime>,
+    nice: u8,
+}
 
 impl Background {
     /// Starts its threads, each `nice` steps below the thread that starts them (as `nice(1)`
@@ -16,7 +19,7 @@ impl Background {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub(crate) fn start(nice: u8) -> io::Result<Self> {
+    pub fn start(nice: u8) -> io::Result<Self> {
         let give_way = move || {
             // On Linux it is the calling thread's alone. To lower it is everybody's right.
             if let Err(error) = rustix::process::nice(nice.into()) {
@@ -28,18 +31,29 @@ impl Background {
             .on_thread_start(give_way)
             .enable_all()
             .build()?;
-        Ok(Self(Some(runtime)))
+        Ok(Self { runtime: Some(runtime), nice })
     }
 
-    pub(crate) fn handle(&self) -> &Handle {
-        self.0.as_ref().expect("it is there until it is dropped").handle()
+    /// By how many steps its threads give way.
+    #[must_use]
+    pub const fn nice(&self) -> u8 {
+        self.nice
+    }
+
+    /// To run something on its threads.
+    ///
+    /// # Panics
+    /// Never: it is there until this is dropped.
+    #[must_use]
+    pub fn handle(&self) -> &Handle {
+        self.runtime.as_ref().expect("it is there until it is dropped").handle()
     }
 }
 
 impl Drop for Background {
     fn drop(&mut self) {
         // Whoever drops it may be a task, which must not wait for others.
-        if let Some(runtime) = self.0.take() {
+        if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
     }

@@ -42,5 +42,6 @@ pub mod upstream;
 mod view;
 mod waiting;
 
+pub use background::Background;
 pub use host::{Host, HostError, HostOptions};
 pub use identity::DirectoryError;

@@ -43,6 +43,6 @@ pub use format::{FormatError, Key, StoreId};
 pub use options::Options;
 pub use queue::{DeleteOutcome, PutOutcome};
 pub use recovery::{Finding, RecoveryReport};
-pub use service::{server_builder, service};
+pub use service::{server_builder, service, service_that_gives_way};
 pub use stepper::Stepper;
 pub use store::{ChunkStore, Counters, Fetched};

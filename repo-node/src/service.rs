@@ -10,6 +10,7 @@ use blobcr_proto::MESSAGE_BYTES_MAX;
 use blobcr_proto::record::RecordKey;
 use blobcr_proto::v1;
 use blobcr_proto::v1::record_store_server::{RecordStore, RecordStoreServer};
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tonic::{Request, Response, Status};
 
@@ -63,7 +64,20 @@ pub fn server_builder() -> tonic::transport::Server {
 /// The service over `store`.
 #[must_use]
 pub fn service(store: Arc<ChunkStore>) -> RecordStoreServer<NodeService> {
-    RecordStoreServer::new(NodeService::new(store))
+    mounted(NodeService::new(store))
+}
+
+/// The same for a host that has guests, too: what is put is checked by threads of `background`.
+#[must_use]
+pub fn service_that_gives_way(
+    store: Arc<ChunkStore>,
+    background: Handle,
+) -> RecordStoreServer<NodeService> {
+    mounted(NodeService { background: Some(background), ..NodeService::new(store) })
+}
+
+fn mounted(service: NodeService) -> RecordStoreServer<NodeService> {
+    RecordStoreServer::new(service)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX)
 }
@@ -75,6 +89,8 @@ pub struct NodeService {
     gets: Semaphore,
     small: Semaphore,
     tables: Tables,
+    /// Where puts are checked, where that is not where everything else is done.
+    background: Option<Handle>,
 }
 
 impl NodeService {
@@ -87,6 +103,7 @@ impl NodeService {
             gets: Semaphore::new(GETS_IN_FLIGHT_MAX),
             small: Semaphore::new(SMALL_IN_FLIGHT_MAX),
             tables: Tables::default(),
+            background: None,
         }
     }
 
@@ -95,11 +112,31 @@ impl NodeService {
         &self,
         work: impl FnOnce(&ChunkStore) -> Result<T, Status> + Send + 'static,
     ) -> Result<T, Status> {
+        self.blocking_on(&Handle::current(), work).await
+    }
+
+    /// The same for what is put.
+    async fn putting<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&ChunkStore) -> Result<T, Status> + Send + 'static,
+    ) -> Result<T, Status> {
+        match &self.background {
+            Some(background) => self.blocking_on(background, work).await,
+            None => self.blocking(work).await,
+        }
+    }
+
+    async fn blocking_on<T: Send + 'static>(
+        &self,
+        runtime: &Handle,
+        work: impl FnOnce(&ChunkStore) -> Result<T, Status> + Send + 'static,
+    ) -> Result<T, Status> {
         if self.store.is_stepped() {
             return work(&self.store);
         }
         let store = Arc::clone(&self.store);
-        tokio::task::spawn_blocking(move || work(&store))
+        runtime
+            .spawn_blocking(move || work(&store))
             .await
             .map_err(|error| Status::internal(format!("a worker of the node failed: {error}")))?
     }
@@ -157,7 +194,7 @@ impl RecordStore for NodeService {
         let newest_table = self.tables.newest(pool, table_version);
         check_count(records.len())?;
         let pending =
-            self.blocking(move |store| Ok(store.begin_put(pool, generation, &records)?)).await?;
+            self.putting(move |store| Ok(store.begin_put(pool, generation, &records)?)).await?;
         let done = put_outcome(pending.wait_async().await?)?;
         let (stored, stored_bytes) = (done.stored, done.stored_bytes);
         Ok(Response::new(v1::PutResponse { stored, stored_bytes, newest_table }))

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use blobcr_mirror_fuse::Background;
 use blobcr_proto::v1;
-use blobcr_repo_node::{ChunkStore, Options, server_builder};
+use blobcr_repo_node::{ChunkStore, Options, server_builder, service, service_that_gives_way};
 use blobcr_repository::{CatalogError, ConnectOptions, Repository};
 use tokio::net::TcpListener;
 
@@ -29,7 +30,7 @@ pub async fn run(args: RepoNodeArgs, output: Output) -> anyhow::Result<()> {
     let advertised = advertised(args.advertise, &listener)?;
     let metadata = Repository::connect(&args.metadata, ConnectOptions::default()).await?;
     let directory = Described::new("repo-node").with_metadata(&args.metadata);
-    let node = RepoNode::start(&args.dir, listener, directory).await?;
+    let node = RepoNode::start(&args.dir, listener, directory, None).await?;
     let registration = node.registration(advertised, args.domain)?;
     tokio::select! {
         registered = node.join(&metadata, registration) => {
@@ -77,10 +78,12 @@ impl RepoNode {
         dir: &Path,
         listener: TcpListener,
         directory: Described,
+        gives_way: Option<&Background>,
     ) -> anyhow::Result<Self> {
         let owned = dir.to_owned();
-        let opened =
-            tokio::task::spawn_blocking(move || ChunkStore::open(&owned, Options::default()));
+        let write_nice = gives_way.map_or(0, Background::nice);
+        let options = Options { write_nice, ..Options::default() };
+        let opened = tokio::task::spawn_blocking(move || ChunkStore::open(&owned, options));
         let (store, report) = opened.await??;
         tracing::info!(
             dir = %dir.display(),
@@ -92,9 +95,12 @@ impl RepoNode {
             "opened the chunk store"
         );
         let store = Arc::new(store);
-        let router = server_builder()
-            .add_service(blobcr_repo_node::service(Arc::clone(&store)))
-            .add_service(directory.service());
+        let of_service = Arc::clone(&store);
+        let service = match gives_way {
+            Some(background) => service_that_gives_way(of_service, background.handle().clone()),
+            None => service(of_service),
+        };
+        let router = server_builder().add_service(service).add_service(directory.service());
         Ok(Self { served: Served::start(router, listener), store, dir: dir.to_owned() })
     }
 

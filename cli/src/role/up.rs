@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::Context;
 use blobcr_ckpt_proxy::{Proxy, ProxyOptions};
 use blobcr_metadata::MetadataService;
-use blobcr_mirror_fuse::Host;
+use blobcr_mirror_fuse::{Background, Host};
 use blobcr_proto::policy::Policy;
 use blobcr_repo_node::server_builder;
 use blobcr_repository::{ConnectOptions, Repository};
@@ -77,6 +77,8 @@ struct Roles {
     host: Option<Host>,
     proxy: Option<Proxy>,
     steward: Option<Steward>,
+    /// Where the nodes check what is put.
+    background: Option<Background>,
     services: Vec<Served>,
 }
 
@@ -92,17 +94,27 @@ impl Roles {
         let router = server_builder().add_service(blobcr_metadata::service(metadata.clone()));
         self.services.push(Served::start(router, internal));
         let repository = Repository::connect(&[at], ConnectOptions::default()).await?;
+        // Guests come first on their own machine.
+        let background = Background::start(args.limits.persist_nice)?;
         for number in 1..=nodes {
-            self.start_node(&dir.join("nodes").join(number.to_string()), &repository).await?;
+            let dir = dir.join("nodes").join(number.to_string());
+            self.start_node(&dir, &repository, &background).await?;
         }
+        self.background = Some(background);
         metadata::ensure_pool(&metadata, args.pool.as_deref()).await?;
         self.steward = Some(Steward::start(repository.clone(), &args.schedule));
         Ok(repository)
     }
 
-    async fn start_node(&mut self, dir: &Path, repository: &Repository) -> anyhow::Result<()> {
+    async fn start_node(
+        &mut self,
+        dir: &Path,
+        repository: &Repository,
+        background: &Background,
+    ) -> anyhow::Result<()> {
         let (listener, address) = bind("127.0.0.1:0").await?;
-        let node = RepoNode::start(dir, listener, Described::new("repo-node")).await?;
+        let directory = Described::new("repo-node");
+        let node = RepoNode::start(dir, listener, directory, Some(background)).await?;
         let registration = node.registration(address, None)?;
         self.nodes.push(node);
         let node = self.nodes.last().context("a node was started")?;
