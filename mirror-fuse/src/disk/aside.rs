@@ -107,8 +107,9 @@ impl Copier<'_> {
         if room != Room::Spill
             && let Some(share) = self.budgets.take_memory(len as u64)
         {
-            let bytes = packed(self.delta, start, &present, len)?;
-            let packed = Packed::Memory { bytes, _share: share };
+            let mut buffer = self.budgets.buffers().take(len);
+            pack(self.delta, start, &present, buffer.as_mut())?;
+            let packed = Packed::Memory { bytes: Bytes::from_owner(buffer), _share: share };
             return Ok(Some(Content { present, packed }));
         }
         if room == Room::Memory {

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::Notify;
 
+use super::buffers::Buffers;
+
 /// A number of bytes that many may take from.
 #[derive(Debug)]
 pub struct Budget {
@@ -32,6 +34,7 @@ pub struct Budgets {
     memory: Budget,
     spill: Budget,
     freed: Notify,
+    buffers: Arc<Buffers>,
 }
 
 impl Budget {
@@ -56,6 +59,7 @@ impl Budgets {
             memory: budget(memory_bytes),
             spill: budget(spill_bytes),
             freed: Notify::new(),
+            buffers: Buffers::new(memory_bytes),
         })
     }
 
@@ -88,6 +92,11 @@ impl Budgets {
             Kind::Memory => &self.memory,
             Kind::Spill => &self.spill,
         }
+    }
+
+    /// What the memory is made of.
+    pub(super) const fn buffers(&self) -> &Arc<Buffers> {
+        &self.buffers
     }
 
     /// Told whenever something was given back.

@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -104,10 +103,7 @@ impl Delta {
     /// Has the host begin to write out what is only in its memory, and does not wait for that. A hint:
     /// what it cannot do, the next sync does and tells of.
     pub(super) fn start_write_out(&self) {
-        let (fd, whole_file) = (self.file.as_raw_fd(), 0);
-        // SAFETY: takes no memory, and the descriptor is open for as long as `self` is. Without its
-        // other flags it neither waits nor takes an error from who syncs.
-        unsafe { libc::sync_file_range(fd, 0, whole_file, libc::SYNC_FILE_RANGE_WRITE) };
+        self.files.start_write_out(Which::Delta, &self.file);
     }
 
     /// The first byte from `offset` on that may be other than zero; `None`: none up to the end.

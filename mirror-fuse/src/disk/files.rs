@@ -95,6 +95,11 @@ impl Files {
         self.io.sync_data(which, file).map_err(|error| self.sync_failed(which, &error))
     }
 
+    /// Has the host begin to write out what is only in its memory; see [`FileIo::start_write_out`].
+    pub(super) fn start_write_out(&self, which: Which, file: &File) {
+        self.io.start_write_out(which, file);
+    }
+
     /// Makes the names in a directory durable. A failure poisons the disk.
     pub(super) fn sync_directory(&self, path: &Path) -> Result<(), DiskError> {
         self.check()?;

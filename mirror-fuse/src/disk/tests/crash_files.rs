@@ -48,6 +48,7 @@ struct Inner {
     /// Whose next sync fails.
     failing: Option<Which>,
     syncs: HashMap<Which, u64>,
+    started: HashMap<Which, u64>,
 }
 
 /// See the module.
@@ -79,6 +80,7 @@ impl CrashFiles {
             full: Vec::new(),
             failing: None,
             syncs: HashMap::new(),
+            started: HashMap::new(),
         })))
     }
 
@@ -96,6 +98,11 @@ impl CrashFiles {
 
     pub(crate) fn syncs(&self, which: Which) -> u64 {
         self.inner().syncs.get(&which).copied().unwrap_or(0)
+    }
+
+    /// How often it was begun to write the file out.
+    pub(crate) fn started(&self, which: Which) -> u64 {
+        self.inner().started.get(&which).copied().unwrap_or(0)
     }
 
     /// Makes `to` what a crash now would leave of the disk in `from`.
@@ -221,6 +228,10 @@ impl FileIo for CrashFiles {
         *inner.syncs.entry(which).or_default() += 1;
         inner.synced.insert(identity(file), content(file));
         Ok(())
+    }
+
+    fn start_write_out(&self, which: Which, _file: &File) {
+        *self.inner().started.entry(which).or_default() += 1;
     }
 
     fn sync_directory(&self, path: &Path) -> io::Result<()> {
