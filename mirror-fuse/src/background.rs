@@ -58,3 +58,33 @@ impl Drop for Background {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn niceness() -> i32 {
+        // On Linux that of the calling thread.
+        rustix::process::getpriority_process(None).unwrap()
+    }
+
+    #[test]
+    fn its_threads_give_way_and_nobody_else_does() {
+        let own = niceness();
+        let background = Background::start(3).unwrap();
+        let (blocking, niced) = std::sync::mpsc::channel();
+        let worker = blocking.clone();
+        background.handle().spawn_blocking(move || blocking.send(niceness()));
+        background.handle().spawn(async move { worker.send(niceness()) });
+        assert_eq!([niced.recv().unwrap(), niced.recv().unwrap()], [own + 3; 2]);
+        assert_eq!(niceness(), own);
+    }
+
+    #[tokio::test]
+    async fn a_task_may_drop_it() {
+        let background = Background::start(0).unwrap();
+        let held = background.handle().spawn(std::future::pending::<()>());
+        drop(background);
+        assert!(held.await.unwrap_err().is_cancelled());
+    }
+}
