@@ -24,6 +24,12 @@ const QSD_RAW: usize = 2;
 const QSD_QCOW2: usize = 3;
 /// On a disk just made over an image: qcow2 has to copy clusters, we mark sectors.
 const FRESH: &str = "4K randwrite QD32, fresh";
+/// Of an image that this host has nothing of yet: ours come from a repository node as they are asked
+/// for, the others have the whole file.
+const ABSENT_SMALL: &str = "4K randread QD32, absent";
+const ABSENT_LARGE: &str = "1M read QD8, absent";
+/// It is so small a part of the others, or all of it would be here soon.
+const ABSENT_PART: u64 = 4;
 /// A disk is fresh for so small a part of the time that is measured else.
 const FRESH_PART: u32 = 4;
 const SYNCED: &str = "4K randwrite + fdatasync";
@@ -170,6 +176,31 @@ impl Subjects {
         table.add(FRESH, QSD_QCOW2, load.run(daemon.export(), span)?.iops);
         Ok(())
     }
+
+    /// A load on disks of a new image, of which nothing was read yet.
+    fn absent_round(
+        &self,
+        settings: &Settings,
+        (name, load): (&str, Load),
+        mut tell: impl FnMut(usize, crate::fio::Measured),
+    ) -> anyhow::Result<()> {
+        let whole = self.span(settings);
+        let bytes = whole.bytes / ABSENT_PART;
+        let span = Span { bytes, time: whole.time / FRESH_PART, ..whole };
+        let raw = self.cluster.scratch().join(name);
+        fill(&raw, bytes)?;
+        self.cluster.import(&raw, name)?;
+        let ours = self.cluster.attach(name, name)?;
+        let format = Format::Qcow2Over(&raw);
+        let daemon = StorageDaemon::start(self.cluster.scratch(), format, bytes, self.direct)?;
+        for (subject, path) in [(OURS, ours.as_path()), (RAW, &raw), (QSD_QCOW2, daemon.export())] {
+            self.cold()?;
+            tell(subject, load.run(path, span)?);
+        }
+        drop(daemon);
+        self.cluster.json(&["disk", "detach", name])?;
+        Ok(std::fs::remove_file(&raw)?)
+    }
 }
 
 pub(super) fn run(settings: &Settings, place: Place) -> anyhow::Result<Report> {
@@ -184,24 +215,42 @@ pub(super) fn run(settings: &Settings, place: Place) -> anyhow::Result<Report> {
     let subjects = Subjects::make(settings, place)?;
     let mut small = Table::new("Small requests", "IOPS", true, &SUBJECTS);
     let mut large = Table::new("Large requests", "MB/s", true, &SUBJECTS);
-    for _ in 0..settings.rounds {
+    for round in 0..settings.rounds {
         for (label, load) in SMALL {
             subjects.round(settings, (label, load), |subject, measured| {
                 small.add(label, subject, measured.iops);
             })?;
         }
         subjects.fresh_round(settings, &mut small)?;
+        let load = Load::new("randread", 4 * KIB, 32);
+        subjects.absent_round(
+            settings,
+            (&format!("small-{round}"), load),
+            |subject, measured| {
+                small.add(ABSENT_SMALL, subject, measured.iops);
+            },
+        )?;
         for (label, load) in LARGE {
             subjects.round(settings, (label, load), |subject, measured| {
                 large.add(label, subject, measured.bytes_per_second / 1e6);
             })?;
         }
+        let load = Load::new("read", MIB, 8);
+        subjects.absent_round(
+            settings,
+            (&format!("large-{round}"), load),
+            |subject, measured| {
+                large.add(ABSENT_LARGE, subject, measured.bytes_per_second / 1e6);
+            },
+        )?;
     }
     let mut report = Report::new("", title);
     report.setup.push(format!(
         "fio, io_uring, O_DIRECT, {} MiB of random bytes, {how}; {} rounds by turns. Fresh: on a disk just \
          made over an image, and on an empty raw file; for a quarter of the time, because then most \
-         clusters of a qcow2 file would be copied.",
+         clusters of a qcow2 file would be copied. Absent: reads of a new image as long and a quarter \
+         as large, which ours fetches from a repository node as it is asked for it, by whole chunks; \
+         the others have it.",
         subjects.size / MIB,
         settings.rounds
     ));
