@@ -3,26 +3,26 @@
 
 use std::io;
 
+use rustix::process::{getpriority_process, setpriority_process};
 use tokio::runtime::{Builder, Handle, Runtime};
 
 /// A runtime of its own, whose threads have a lower priority than the rest of the process. Its tasks
 /// end when it is dropped.
 #[derive(Debug)]
-pub struct Background {
-    runtime: Option<Runtime>,
-    nice: u8,
-}
+pub struct Background(Option<Runtime>);
 
 impl Background {
     /// Starts its threads, each `nice` steps below the thread that starts them (as `nice(1)`
     /// counts them).
     ///
     /// # Errors
-    /// When no thread can be started.
+    /// When no thread can be started, or the kernel does not tell the priority.
     pub fn start(nice: u8) -> io::Result<Self> {
+        // On Linux it is the calling thread's alone.
+        let lowered = getpriority_process(None)? + i32::from(nice);
         let give_way = move || {
-            // On Linux it is the calling thread's alone. To lower it is everybody's right.
-            if let Err(error) = rustix::process::nice(nice.into()) {
+            // Not by so many steps: a thread begins with what the one that starts it has.
+            if let Err(error) = setpriority_process(None, lowered) {
                 tracing::warn!(%error, "a thread that persists snapshots keeps its priority");
             }
         };
@@ -31,13 +31,7 @@ impl Background {
             .on_thread_start(give_way)
             .enable_all()
             .build()?;
-        Ok(Self { runtime: Some(runtime), nice })
-    }
-
-    /// By how many steps its threads give way.
-    #[must_use]
-    pub const fn nice(&self) -> u8 {
-        self.nice
+        Ok(Self(Some(runtime)))
     }
 
     /// To run something on its threads.
@@ -46,14 +40,14 @@ impl Background {
     /// Never: it is there until this is dropped.
     #[must_use]
     pub fn handle(&self) -> &Handle {
-        self.runtime.as_ref().expect("it is there until it is dropped").handle()
+        self.0.as_ref().expect("it is there until it is dropped").handle()
     }
 }
 
 impl Drop for Background {
     fn drop(&mut self) {
         // Whoever drops it may be a task, which must not wait for others.
-        if let Some(runtime) = self.runtime.take() {
+        if let Some(runtime) = self.0.take() {
             runtime.shutdown_background();
         }
     }
@@ -64,19 +58,28 @@ mod tests {
     use super::*;
 
     fn niceness() -> i32 {
-        // On Linux that of the calling thread.
-        rustix::process::getpriority_process(None).unwrap()
+        getpriority_process(None).unwrap()
     }
 
     #[test]
     fn its_threads_give_way_and_nobody_else_does() {
         let own = niceness();
         let background = Background::start(3).unwrap();
-        let (blocking, niced) = std::sync::mpsc::channel();
-        let worker = blocking.clone();
-        background.handle().spawn_blocking(move || blocking.send(niceness()));
-        background.handle().spawn(async move { worker.send(niceness()) });
-        assert_eq!([niced.recv().unwrap(), niced.recv().unwrap()], [own + 3; 2]);
+        let (worker, niced) = std::sync::mpsc::channel();
+        background.handle().spawn(async move {
+            worker.send(niceness()).unwrap();
+            // Threads begin with the priority of the one that starts them.
+            let of_worker = worker.clone();
+            tokio::task::spawn_blocking(move || {
+                of_worker.send(niceness()).unwrap();
+                let deeper = move || of_worker.send(niceness()).unwrap();
+                Handle::current().block_on(tokio::task::spawn_blocking(deeper)).unwrap();
+            })
+            .await
+            .unwrap();
+        });
+        let all: Vec<_> = niced.iter().take(3).collect();
+        assert_eq!(all, [own + 3; 3]);
         assert_eq!(niceness(), own);
     }
 

@@ -16,9 +16,6 @@ pub struct Options {
     pub compact_dead_fraction: f64,
     /// How fast compaction may copy, in bytes a second, so that it leaves the disk to the guests.
     pub compact_bytes_per_second: u64,
-    /// Steps of `nice(1)` by which the threads that append and compact are below the others: for a host
-    /// that has guests, too.
-    pub write_nice: u8,
     /// How often to look whether something wants compaction. `None`: only when asked to.
     pub maintenance_interval: Option<Duration>,
 }
@@ -30,7 +27,6 @@ impl Default for Options {
             reserve_bytes: None,
             compact_dead_fraction: 0.5,
             compact_bytes_per_second: 64 << 20,
-            write_nice: 0,
             maintenance_interval: Some(Duration::from_secs(10)),
         }
     }

@@ -67,7 +67,7 @@ pub fn service(store: Arc<ChunkStore>) -> RecordStoreServer<NodeService> {
     mounted(NodeService::new(store))
 }
 
-/// The same for a host that has guests, too: what is put is checked by threads of `background`.
+/// The same; what is put is checked by threads of `background`, for a host that has guests, too.
 #[must_use]
 pub fn service_that_gives_way(
     store: Arc<ChunkStore>,

@@ -110,13 +110,12 @@ impl ChunkStore {
         disk: Arc<dyn Disk>,
         options: Options,
     ) -> Result<(Self, RecoveryReport), OpenError> {
-        let (interval, nice) = (options.maintenance_interval, options.write_nice);
+        let interval = options.maintenance_interval;
         let (store, writer, report) = Self::recovered(disk, options, StoreId(rand::random()))?;
-        store.spawn("blobcr-append", nice, move || writer.run())?;
+        store.spawn("blobcr-append", move || writer.run())?;
         if let Some(interval) = interval {
             let (compactor, maintenance) = (store.compactor.clone(), store.maintenance.clone());
-            let run = move || maintain(&compactor, &maintenance, interval);
-            store.spawn("blobcr-compact", nice, run)?;
+            store.spawn("blobcr-compact", move || maintain(&compactor, &maintenance, interval))?;
         }
         Ok((store, report))
     }
@@ -169,21 +168,9 @@ impl ChunkStore {
         self.core.queue.is_stepped()
     }
 
-    fn spawn(
-        &self,
-        name: &str,
-        nice: u8,
-        run: impl FnOnce() + Send + 'static,
-    ) -> Result<(), OpenError> {
-        let give_way_and_run = move || {
-            // On Linux it is the calling thread's alone. To lower it is everybody's right.
-            if let Err(error) = rustix::process::nice(nice.into()) {
-                tracing::warn!(%error, "a thread that writes keeps its priority");
-            }
-            run();
-        };
+    fn spawn(&self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), OpenError> {
         let thread = std::thread::Builder::new().name(name.to_owned());
-        let thread = thread.spawn(give_way_and_run).map_err(OpenError::Thread)?;
+        let thread = thread.spawn(run).map_err(OpenError::Thread)?;
         self.threads.lock().expect("no holder of this lock panics").push(thread);
         Ok(())
     }

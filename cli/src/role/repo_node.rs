@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use blobcr_mirror_fuse::Background;
 use blobcr_proto::v1;
-use blobcr_repo_node::{ChunkStore, Options, server_builder, service, service_that_gives_way};
+use blobcr_repo_node::{ChunkStore, Options, server_builder, service_that_gives_way};
 use blobcr_repository::{CatalogError, ConnectOptions, Repository};
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 
 use super::cluster_file;
 use super::directory::Described;
@@ -30,7 +30,7 @@ pub async fn run(args: RepoNodeArgs, output: Output) -> anyhow::Result<()> {
     let advertised = advertised(args.advertise, &listener)?;
     let metadata = Repository::connect(&args.metadata, ConnectOptions::default()).await?;
     let directory = Described::new("repo-node").with_metadata(&args.metadata);
-    let node = RepoNode::start(&args.dir, listener, directory, None).await?;
+    let node = RepoNode::start(&args.dir, listener, directory, Handle::current()).await?;
     let registration = node.registration(advertised, args.domain)?;
     tokio::select! {
         registered = node.join(&metadata, registration) => {
@@ -70,7 +70,8 @@ pub(super) struct RepoNode {
 }
 
 impl RepoNode {
-    /// Opens the store in `dir` and serves it.
+    /// Opens the store in `dir` and serves it. What is put is checked and written by threads of
+    /// `background`, and of its priority.
     ///
     /// # Errors
     /// When the directory is in use, or cannot be read.
@@ -78,12 +79,12 @@ impl RepoNode {
         dir: &Path,
         listener: TcpListener,
         directory: Described,
-        gives_way: Option<&Background>,
+        background: Handle,
     ) -> anyhow::Result<Self> {
         let owned = dir.to_owned();
-        let write_nice = gives_way.map_or(0, Background::nice);
-        let options = Options { write_nice, ..Options::default() };
-        let opened = tokio::task::spawn_blocking(move || ChunkStore::open(&owned, options));
+        // The store's threads get the priority of the one that opens it.
+        let opened =
+            background.spawn_blocking(move || ChunkStore::open(&owned, Options::default()));
         let (store, report) = opened.await??;
         tracing::info!(
             dir = %dir.display(),
@@ -95,12 +96,9 @@ impl RepoNode {
             "opened the chunk store"
         );
         let store = Arc::new(store);
-        let of_service = Arc::clone(&store);
-        let service = match gives_way {
-            Some(background) => service_that_gives_way(of_service, background.handle().clone()),
-            None => service(of_service),
-        };
-        let router = server_builder().add_service(service).add_service(directory.service());
+        let router = server_builder()
+            .add_service(service_that_gives_way(Arc::clone(&store), background))
+            .add_service(directory.service());
         Ok(Self { served: Served::start(router, listener), store, dir: dir.to_owned() })
     }
 

@@ -19,6 +19,7 @@ use blobcr_mirror_fuse::{Background, Host};
 use blobcr_proto::policy::Policy;
 use blobcr_repo_node::server_builder;
 use blobcr_repository::{ConnectOptions, Repository};
+use tokio::runtime::Handle;
 
 use super::directory::Described;
 use super::limits::raise_open_files;
@@ -77,7 +78,7 @@ struct Roles {
     host: Option<Host>,
     proxy: Option<Proxy>,
     steward: Option<Steward>,
-    /// Where the nodes check what is put.
+    /// Where the nodes check and write what is put.
     background: Option<Background>,
     services: Vec<Served>,
 }
@@ -98,7 +99,7 @@ impl Roles {
         let background = Background::start(args.limits.persist_nice)?;
         for number in 1..=nodes {
             let dir = dir.join("nodes").join(number.to_string());
-            self.start_node(&dir, &repository, &background).await?;
+            self.start_node(&dir, &repository, background.handle().clone()).await?;
         }
         self.background = Some(background);
         metadata::ensure_pool(&metadata, args.pool.as_deref()).await?;
@@ -110,11 +111,11 @@ impl Roles {
         &mut self,
         dir: &Path,
         repository: &Repository,
-        background: &Background,
+        background: Handle,
     ) -> anyhow::Result<()> {
         let (listener, address) = bind("127.0.0.1:0").await?;
         let directory = Described::new("repo-node");
-        let node = RepoNode::start(dir, listener, directory, Some(background)).await?;
+        let node = RepoNode::start(dir, listener, directory, background).await?;
         let registration = node.registration(address, None)?;
         self.nodes.push(node);
         let node = self.nodes.last().context("a node was started")?;
