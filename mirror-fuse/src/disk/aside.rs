@@ -1,19 +1,20 @@
 //! Old versions of chunks: selective copy-on-write (algorithm 4 of the paper).
 //!
-//! When a write hits a chunk that a pending snapshot still needs, the chunk's sectors are copied
-//! aside first, and the persister reads the copy instead. The delta stays in place and whole.
+//! When a write hits a chunk that a pending snapshot still needs, the sectors that it is about to
+//! change are copied aside first, and the persister takes the copies instead. The delta stays in place
+//! and whole. The paper copies the whole chunk; a write that waits for its own sectors waits for less.
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-
 use super::DiskError;
-use super::budget::{Budgets, Share};
+use super::budget::Budgets;
+use super::content::Content;
 use super::delta::Delta;
 use super::facts::Pending;
 use super::map::Map;
+use super::parts::Parts;
 use super::shape::{SECTOR, Sectors, Shape};
-use super::spill::{Slot, Spill};
+use super::spill::Spill;
 
 /// The content of a chunk as it was from one epoch until another.
 #[derive(Debug)]
@@ -22,25 +23,16 @@ pub(super) struct Aside {
     from: u64,
     /// The epoch of the change that ended it.
     until: u64,
-    content: Content,
+    old: Old,
 }
 
-/// The sectors of a chunk that were in the delta, packed.
-#[derive(Debug)]
-pub(super) struct Content {
-    present: Vec<Sectors>,
-    packed: Packed,
-}
-
-#[derive(Debug)]
-enum Packed {
-    Memory {
-        bytes: Bytes,
-        _share: Share,
-    },
-    Spilled(Slot),
-    /// For a reader that keeps it for a moment only.
-    Borrowed(Bytes),
+/// Old bytes of a chunk.
+#[derive(Debug, Clone)]
+pub(super) enum Old {
+    /// All that the delta held.
+    Whole(Arc<Content>),
+    /// What has changed since; the rest is still in the delta.
+    Parts(Parts),
 }
 
 /// Where a copy may go.
@@ -48,45 +40,10 @@ enum Packed {
 pub(super) enum Room {
     /// Into memory only: the caller must not wait for a disk.
     Memory,
-    /// Into the spill file when the memory is full.
+    /// Into the spill file when the memory is full: the whole chunk then.
     MemoryOrSpill,
     /// Into the spill file only, whatever is free: as alternatives to selective copy-on-write do.
     Spill,
-}
-
-/// The runs of sectors of a chunk that are in the delta.
-pub(super) fn present_runs(map: &Map, shape: Shape, chunk: u64) -> Vec<Sectors> {
-    let end = shape.chunk_sectors(chunk);
-    let mut runs = Vec::new();
-    let mut first = 0;
-    while first < end {
-        let (present, next) = map.run(chunk, Sectors { first, end });
-        if present {
-            runs.push(Sectors { first, end: next });
-        }
-        first = next;
-    }
-    runs
-}
-
-/// The runs' bytes, together `len`.
-fn packed(delta: &Delta, start: u64, present: &[Sectors], len: usize) -> Result<Bytes, DiskError> {
-    if let [run] = present {
-        return Ok(delta.read_new(start + run.start_byte() as u64, len)?.into());
-    }
-    let mut bytes = vec![0; len];
-    pack(delta, start, present, &mut bytes)?;
-    Ok(bytes.into())
-}
-
-fn pack(delta: &Delta, start: u64, present: &[Sectors], out: &mut [u8]) -> Result<(), DiskError> {
-    let mut at = 0;
-    for run in present {
-        let to = &mut out[at..at + run.bytes()];
-        delta.read(start + run.start_byte() as u64, to)?;
-        at += run.bytes();
-    }
-    Ok(())
 }
 
 /// Where copies come from and go to.
@@ -99,106 +56,129 @@ pub(super) struct Copier<'a> {
 }
 
 impl Copier<'_> {
-    /// Copies a chunk's sectors aside; its lock must be held. `None`: no room.
-    pub(super) fn copy(&self, chunk: u64, room: Room) -> Result<Option<Content>, DiskError> {
-        let present = present_runs(self.map, self.shape, chunk);
-        let len: usize = present.iter().map(|run| run.bytes()).sum();
-        let start = self.shape.chunk_start(chunk);
-        if room != Room::Spill
-            && let Some(share) = self.budgets.take_memory(len as u64)
-        {
-            let mut buffer = self.budgets.buffers().take(len);
-            pack(self.delta, start, &present, buffer.as_mut())?;
-            let packed = Packed::Memory { bytes: Bytes::from_owner(buffer), _share: share };
-            return Ok(Some(Content { present, packed }));
+    /// Copies what a change of the sectors `touched` would end of a chunk that has not changed yet; its
+    /// lock must be held. `None`: no room.
+    pub(super) fn copy(
+        &self,
+        chunk: u64,
+        touched: Sectors,
+        room: Room,
+    ) -> Result<Option<Old>, DiskError> {
+        let mut old = Old::Parts(Parts::of(self.map, self.shape, chunk));
+        Ok(self.save(&mut old, chunk, touched, room)?.then_some(old))
+    }
+
+    /// Copies all of a chunk that has not changed yet; its lock must be held. `None`: no room.
+    pub(super) fn copy_whole(&self, chunk: u64) -> Result<Option<Old>, DiskError> {
+        self.copy(chunk, Sectors { first: 0, end: self.shape.chunk_sectors(chunk) }, Room::Spill)
+    }
+
+    /// Copies what of the sectors `touched` is old and in the delta only; the chunk's lock must be held
+    /// until they have changed. `false`: no room.
+    fn save(
+        &self,
+        old: &mut Old,
+        chunk: u64,
+        touched: Sectors,
+        room: Room,
+    ) -> Result<bool, DiskError> {
+        let Old::Parts(parts) = old else { return Ok(true) };
+        if room != Room::Spill && self.save_in_memory(parts, chunk, touched)? {
+            return Ok(true);
         }
         if room == Room::Memory {
-            return Ok(None);
+            return Ok(false);
         }
-        let mut buffer = self.spill.buffer(len)?;
-        pack(self.delta, start, &present, &mut buffer)?;
+        let Some(whole) = self.save_in_spill(parts, chunk)? else { return Ok(false) };
+        *old = Old::Whole(Arc::new(whole));
+        Ok(true)
+    }
+
+    fn save_in_memory(
+        &self,
+        parts: &mut Parts,
+        chunk: u64,
+        touched: Sectors,
+    ) -> Result<bool, DiskError> {
+        let start = self.shape.chunk_start(chunk);
+        while let Some(run) = parts.missing(touched) {
+            let Some(share) = self.budgets.take_memory(run.bytes() as u64) else {
+                return Ok(false);
+            };
+            let (at, buffers) = (start + run.start_byte() as u64, self.budgets.buffers());
+            let bytes = if let Some(mut kept) = buffers.kept(run.bytes()) {
+                self.delta.read(at, kept.as_mut())?;
+                kept
+            } else {
+                buffers.add(self.delta.read_new(at, run.bytes())?)
+            };
+            parts.add(run, bytes, share);
+        }
+        Ok(true)
+    }
+
+    /// All of a chunk's old bytes, of which `parts` are in memory already.
+    fn save_in_spill(&self, parts: &Parts, chunk: u64) -> Result<Option<Content>, DiskError> {
+        let mut buffer = self.spill.buffer(parts.bytes())?;
+        self.pack(chunk, parts.present(), &mut buffer)?;
+        parts.put_over(&mut buffer);
         let slot = self.spill.store(&buffer)?;
-        Ok(slot.map(|slot| Content { present, packed: Packed::Spilled(slot) }))
+        Ok(slot.map(|slot| Content::spilled(parts.present().to_vec(), slot)))
     }
 
-    /// Reads those sectors of a chunk for a reader that is bounded by itself.
-    pub(super) fn read(&self, chunk: u64, present: Vec<Sectors>) -> Result<Content, DiskError> {
-        let len = present.iter().map(|run| run.bytes()).sum();
-        let bytes = packed(self.delta, self.shape.chunk_start(chunk), &present, len)?;
-        Ok(Content { present, packed: Packed::Borrowed(bytes) })
-    }
-}
-
-impl Content {
-    /// The bytes as they are, where they are a whole chunk of `size` bytes in memory.
-    pub(super) fn whole(&self, size: usize) -> Option<Bytes> {
-        match &self.packed {
-            Packed::Memory { bytes, .. } | Packed::Borrowed(bytes) if bytes.len() == size => {
-                Some(bytes.clone())
-            }
-            _ => None,
-        }
-    }
-
-    /// Puts the sectors in their places in `chunk`; others are left alone.
-    pub(super) fn unpack(&self, chunk: &mut [u8]) -> Result<(), DiskError> {
-        let loaded;
-        let packed: &[u8] = match &self.packed {
-            Packed::Memory { bytes, .. } | Packed::Borrowed(bytes) => bytes,
-            Packed::Spilled(slot) => {
-                loaded = slot.load()?;
-                &loaded
-            }
-        };
+    fn pack(&self, chunk: u64, present: &[Sectors], out: &mut [u8]) -> Result<(), DiskError> {
+        let start = self.shape.chunk_start(chunk);
         let mut at = 0;
-        for run in &self.present {
-            let from = &packed[at..at + run.bytes()];
-            chunk[run.start_byte()..run.start_byte() + run.bytes()].copy_from_slice(from);
+        for run in present {
+            self.delta.read(start + run.start_byte() as u64, &mut out[at..at + run.bytes()])?;
             at += run.bytes();
         }
         Ok(())
     }
 
-    /// Runs of sectors that are not here, up to sector `end`.
-    pub(super) fn absent(&self, end: usize) -> Vec<Sectors> {
-        let mut absent = Vec::new();
-        let mut first = 0;
-        for run in &self.present {
-            absent.push(Sectors { first, end: run.first });
-            first = run.end;
+    /// What the delta holds of those sectors of a chunk, packed.
+    pub(super) fn read(&self, chunk: u64, present: &[Sectors]) -> Result<Vec<u8>, DiskError> {
+        if let [run] = present {
+            let start = self.shape.chunk_start(chunk) + run.start_byte() as u64;
+            return self.delta.read_new(start, run.bytes());
         }
-        absent.push(Sectors { first, end });
-        absent.retain(|run| !run.is_empty());
-        absent
-    }
-
-    /// Bytes of memory in use.
-    fn memory_bytes(&self) -> u64 {
-        match &self.packed {
-            Packed::Memory { bytes, .. } | Packed::Borrowed(bytes) => bytes.len() as u64,
-            Packed::Spilled(_) => 0,
-        }
-    }
-
-    /// Whole sectors of zeros at the places `present`, for tests.
-    #[cfg(test)]
-    fn of_zeros(present: Vec<Sectors>) -> Self {
-        let bytes = vec![0; present.iter().map(|run| run.bytes()).sum()];
-        Self { present, packed: Packed::Borrowed(bytes.into()) }
+        let mut bytes = vec![0; present.iter().map(|run| run.bytes()).sum()];
+        self.pack(chunk, present, &mut bytes)?;
+        Ok(bytes)
     }
 }
 
 impl Aside {
-    pub(super) const fn new(from: u64, until: u64, content: Content) -> Self {
-        Self { from, until, content }
+    pub(super) const fn new(from: u64, until: u64, old: Old) -> Self {
+        Self { from, until, old }
     }
 
-    pub(super) const fn content(&self) -> &Content {
-        &self.content
+    /// Copies what a change of the sectors `touched` would end of this content; the chunk's lock must be
+    /// held until they have changed. `false`: no room.
+    pub(super) fn save(
+        &mut self,
+        copier: &Copier<'_>,
+        chunk: u64,
+        touched: Sectors,
+        room: Room,
+    ) -> Result<bool, DiskError> {
+        copier.save(&mut self.old, chunk, touched, room)
     }
 
+    pub(super) const fn old(&self) -> &Old {
+        &self.old
+    }
+
+    pub(super) fn into_old(self) -> Old {
+        self.old
+    }
+
+    /// Bytes of memory in use.
     pub(super) fn memory_bytes(&self) -> u64 {
-        self.content.memory_bytes()
+        match &self.old {
+            Old::Whole(_) => 0,
+            Old::Parts(parts) => parts.memory_bytes(),
+        }
     }
 
     /// Whether this is the chunk's content as of that snapshot.
@@ -226,7 +206,8 @@ mod tests {
     }
 
     fn aside(from: u64, until: u64) -> Aside {
-        Aside::new(from, until, Content::of_zeros(vec![Sectors { first: 2, end: 4 }]))
+        let content = Content::of(Vec::new(), bytes::Bytes::new());
+        Aside::new(from, until, Old::Whole(Arc::new(content)))
     }
 
     #[test]
@@ -241,19 +222,5 @@ mod tests {
         assert!(aside(3, 6).is_needed(&[pending(3, 5)]), "the old one failed");
         assert!(!aside(3, 5).is_needed(&[pending(3, 5)]), "changed again before the second cut");
         assert!(!aside(3, 5).is_needed(&[]));
-    }
-
-    #[test]
-    fn what_is_not_packed_is_absent() {
-        let content = aside(1, 2).content;
-        let s = |first, end| Sectors { first, end };
-        assert_eq!(content.absent(16), [s(0, 2), s(4, 16)]);
-        assert_eq!(content.absent(4), [s(0, 2)]);
-        let mut chunk = vec![1; 16 * SECTOR];
-        content.unpack(&mut chunk).unwrap();
-        for (sector, bytes) in chunk.chunks(SECTOR).enumerate() {
-            let expected = u8::from(!(2..4).contains(&sector));
-            assert!(bytes.iter().all(|byte| *byte == expected));
-        }
     }
 }

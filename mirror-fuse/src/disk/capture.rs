@@ -9,10 +9,12 @@ use blobcr_repository::Identified;
 use bytes::Bytes;
 
 use super::DiskError;
-use super::aside::{Aside, Content, present_runs};
+use super::aside::Old;
+use super::content::Content;
 use super::facts::Pending;
 use super::generation::Generation;
 use super::map::Mark;
+use super::parts::Parts;
 use super::shape::Sectors;
 use super::stripes::Stripe;
 use super::upstreams::SnapshotChunks;
@@ -42,12 +44,28 @@ impl Drop for Captures {
 }
 
 enum Captured {
-    Read(Content),
-    Aside(Arc<Aside>),
+    Here(Arc<Content>),
     /// The whole chunk was discarded.
     Zeros,
     /// Its content as of the snapshot is gone.
     Gone,
+}
+
+/// Where a chunk's content as of a snapshot is.
+enum Found {
+    /// In the delta: nothing has changed since. With the chunk's mark.
+    InDelta(Mark),
+    /// Aside, in part or as a whole.
+    Aside(Old),
+    Gone,
+}
+
+/// What the delta holds of a chunk, at some moment.
+enum Read {
+    /// The whole chunk, as one hole.
+    Hole,
+    /// The sectors that are present, packed.
+    Packed(Vec<u8>),
 }
 
 /// The same as bytes: what was aside is given up.
@@ -60,71 +78,92 @@ enum Got {
 }
 
 impl Generation {
-    /// Takes a chunk's content as of `snapshot`, the oldest pending one: copy or delta, whichever
+    /// Takes a chunk's content as of `snapshot`, the oldest pending one: copies or delta, whichever
     /// has it. The chunk is `Idle` for that snapshot afterwards: the next write copies nothing.
     ///
     /// The delta is read without the chunk's lock, so that no write waits for a thread that gives way
-    /// to others. *Invariant:* what was read counts only if the chunk is then as it was before. A
-    /// write in between has changed its mark under the lock before it changed a byte, and has made the
-    /// copy that is taken instead. Writes of before the cut have ended: they held the lock.
+    /// to others. *Invariant:* of what was read, a sector counts only if nobody has changed it before the
+    /// chunk's lock is taken again. A write in between has copied it aside under the lock before it
+    /// changed a byte, and that copy is taken instead. Writes of before the cut have ended: they held
+    /// the lock.
     fn capture(&self, wanted: &Wanted, chunk: u64) -> Result<Captured, DiskError> {
         match self.look(wanted, chunk) {
-            Ok(present) => self.keep(wanted, chunk, self.read_present(chunk, present)),
-            Err(captured) => Ok(captured),
-        }
-    }
-
-    /// Keeps what was read of the delta, if it is the snapshot's.
-    fn keep(
-        &self,
-        wanted: &Wanted,
-        chunk: u64,
-        read: Result<Captured, DiskError>,
-    ) -> Result<Captured, DiskError> {
-        let mut stripe = self.stripes.lock(chunk);
-        match self.elsewhere(&mut stripe, wanted, chunk) {
-            Ok(mark) => {
-                let content = read?;
-                self.map.set_mark(chunk, Mark { captured: true, ..mark });
-                Ok(content)
+            Ok(present) => {
+                let read = self.read_present(chunk, &present);
+                self.keep(wanted, chunk, present, read)
             }
             Err(captured) => Ok(captured),
         }
     }
 
-    /// Which sectors of a chunk the delta holds for `snapshot`; or what is to be taken instead.
+    /// Which sectors of a chunk the delta holds for `snapshot`, some of them perhaps changed since; or
+    /// what is to be taken instead.
     fn look(&self, wanted: &Wanted, chunk: u64) -> Result<Vec<Sectors>, Captured> {
         let mut stripe = self.stripes.lock(chunk);
-        self.elsewhere(&mut stripe, wanted, chunk)?;
-        Ok(present_runs(&self.map, self.shape, chunk))
+        // Not taken yet: what is copied while the delta is read counts, too.
+        if let Some(parts) = parts_of(&stripe, &wanted.snapshot, chunk)
+            && !parts.are_all()
+        {
+            return Ok(parts.present().to_vec());
+        }
+        match self.find(&mut stripe, wanted, chunk) {
+            Found::InDelta(_) => Ok(self.map.present_runs(self.shape, chunk)),
+            Found::Aside(Old::Whole(content)) => Err(Captured::Here(content)),
+            Found::Aside(Old::Parts(parts)) => Err(Captured::Here(Arc::new(parts.whole()))),
+            Found::Gone => Err(Captured::Gone),
+        }
     }
 
-    /// A chunk's content as of `snapshot` where it is not the delta's; the chunk's mark where it is.
-    fn elsewhere(
+    /// Keeps what was read of the delta as far as it is the snapshot's.
+    fn keep(
         &self,
-        stripe: &mut Stripe,
         wanted: &Wanted,
         chunk: u64,
-    ) -> Result<Mark, Captured> {
+        present: Vec<Sectors>,
+        read: Result<Read, DiskError>,
+    ) -> Result<Captured, DiskError> {
+        let mut stripe = self.stripes.lock(chunk);
+        let found = self.find(&mut stripe, wanted, chunk);
+        if let (Found::InDelta(mark), Ok(_)) = (&found, &read) {
+            self.map.set_mark(chunk, Mark { captured: true, ..*mark });
+        }
+        drop(stripe);
+        let content = match (found, read) {
+            (Found::Gone, _) => return Ok(Captured::Gone),
+            (Found::Aside(Old::Whole(content)), _) => return Ok(Captured::Here(content)),
+            (Found::InDelta(_), read) => match read? {
+                Read::Hole => return Ok(Captured::Zeros),
+                Read::Packed(bytes) => Content::of(present, bytes.into()),
+            },
+            (Found::Aside(Old::Parts(parts)), read) => match read? {
+                Read::Hole => parts.over_zeros(),
+                Read::Packed(bytes) => parts.over(bytes),
+            },
+        };
+        Ok(Captured::Here(Arc::new(content)))
+    }
+
+    /// Where a chunk's content as of `snapshot` is; what is aside is taken.
+    fn find(&self, stripe: &mut Stripe, wanted: &Wanted, chunk: u64) -> Found {
         let snapshot = &wanted.snapshot;
         // Who gives its chunks back takes their locks after that is set.
         if wanted.over.load(Ordering::Acquire) {
-            return Err(Captured::Gone);
+            return Found::Gone;
         }
-        if let Some(aside) = self.take_aside(stripe, snapshot, chunk) {
-            return Err(Captured::Aside(aside));
+        if let Some(old) = self.take_aside(stripe, snapshot, chunk) {
+            return Found::Aside(old);
         }
         let mark = self.map.mark(chunk);
         // Changed since the cut: never take what is in the delta now.
-        if mark.epoch > snapshot.last { Err(Captured::Gone) } else { Ok(mark) }
+        if mark.epoch > snapshot.last { Found::Gone } else { Found::InDelta(mark) }
     }
 
     /// What the delta holds in those sectors, at this moment.
-    fn read_present(&self, chunk: u64, present: Vec<Sectors>) -> Result<Captured, DiskError> {
-        if self.is_hole(chunk, &present)? {
-            return Ok(Captured::Zeros);
+    fn read_present(&self, chunk: u64, present: &[Sectors]) -> Result<Read, DiskError> {
+        if self.is_hole(chunk, present)? {
+            return Ok(Read::Hole);
         }
-        Ok(Captured::Read(self.copier().read(chunk, present)?))
+        Ok(Read::Packed(self.copier().read(chunk, present)?))
     }
 
     /// Takes a chunk's content and finds out its identity, if all of its bytes are here. Blocks.
@@ -132,11 +171,10 @@ impl Generation {
         let captured = self.capture(wanted, chunk)?;
         // A writer that has no room for a copy may not need one any more.
         self.common.budgets().freed().notify_waiters();
-        let content = match &captured {
+        let content = match captured {
             Captured::Zeros => return Ok(Got::Whole(None)),
             Captured::Gone => return Ok(Got::Gone),
-            Captured::Read(content) => content,
-            Captured::Aside(aside) => aside.content(),
+            Captured::Here(content) => content,
         };
         let size = self.shape.chunk_size.len();
         if let Some(whole) = content.whole(size) {
@@ -151,24 +189,19 @@ impl Generation {
         Ok(Got::Part(bytes, absent))
     }
 
-    /// The copy of a chunk as of `snapshot`, the oldest pending one, if there is one.
-    fn take_aside(
-        &self,
-        stripe: &mut Stripe,
-        snapshot: &Pending,
-        chunk: u64,
-    ) -> Option<Arc<Aside>> {
+    /// The old bytes of a chunk as of `snapshot`, the oldest pending one, if something has changed since.
+    fn take_aside(&self, stripe: &mut Stripe, snapshot: &Pending, chunk: u64) -> Option<Old> {
         let versions = stripe.asides.get_mut(&chunk)?;
         let index = versions.iter().position(|aside| aside.is_of(snapshot))?;
-        let aside = Arc::clone(&versions[index]);
         // A snapshot behind this one needs it too, should this one fail.
-        if !self.epochs.pending().iter().skip(1).any(|later| aside.is_of(later)) {
-            versions.remove(index);
-            if versions.is_empty() {
-                stripe.asides.remove(&chunk);
-            }
+        if self.epochs.pending().iter().skip(1).any(|later| versions[index].is_of(later)) {
+            return Some(versions[index].old().clone());
         }
-        Some(aside)
+        let aside = versions.remove(index);
+        if versions.is_empty() {
+            stripe.asides.remove(&chunk);
+        }
+        Some(aside.into_old())
     }
 
     /// Whether the delta holds the whole chunk, as one hole.
@@ -191,6 +224,15 @@ impl Generation {
                 self.map.set_mark(*chunk, Mark { captured: false, ..mark });
             }
         }
+    }
+}
+
+/// What was copied of a chunk since `snapshot` was cut, where that is not all of it at once.
+fn parts_of<'a>(stripe: &'a Stripe, snapshot: &Pending, chunk: u64) -> Option<&'a Parts> {
+    let aside = stripe.asides.get(&chunk)?.iter().find(|aside| aside.is_of(snapshot))?;
+    match aside.old() {
+        Old::Parts(parts) => Some(parts),
+        Old::Whole(_) => None,
     }
 }
 
@@ -278,7 +320,9 @@ impl Captures {
 mod tests {
     use super::*;
     use crate::disk::tests::support::{CHUNK, World, deps, pattern, spec_of};
-    use crate::disk::{Attempt, Disk};
+    use crate::disk::{Attempt, Budgets, Disk, DiskDeps, Zero};
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
 
     const SIZE: usize = 2 * CHUNK;
 
@@ -300,8 +344,7 @@ mod tests {
 
     fn bytes(captured: Captured) -> Vec<u8> {
         match captured {
-            Captured::Read(content) => content.whole(CHUNK).unwrap().to_vec(),
-            Captured::Aside(aside) => aside.content().whole(CHUNK).unwrap().to_vec(),
+            Captured::Here(content) => content.whole(CHUNK).unwrap().to_vec(),
             Captured::Zeros | Captured::Gone => panic!("there are bytes"),
         }
     }
@@ -320,15 +363,76 @@ mod tests {
             if before_the_read {
                 assert_eq!(write(), Attempt::Done);
             }
-            let read = generation.read_present(chunk, present);
+            let read = generation.read_present(chunk, &present);
             if !before_the_read {
                 assert_eq!(write(), Attempt::Done);
             }
-            let captured = generation.keep(wanted, chunk, read).unwrap();
-            assert!(matches!(captured, Captured::Aside(_)), "it was changed meanwhile");
+            let captured = generation.keep(wanted, chunk, present, read).unwrap();
             let at = offset as usize;
             assert!(bytes(captured) == pattern(1, SIZE)[at..at + CHUNK]);
             assert!(!generation.map.mark(chunk).captured, "that is of another snapshot now");
+        }
+    }
+
+    /// What a guest does to a chunk: writes and discards, of parts and of all of it.
+    async fn change(disk: &Arc<Disk>, rng: &mut StdRng) {
+        for _ in 0..rng.random_range(0..4) {
+            let from = rng.random_range(0..CHUNK);
+            let len = rng.random_range(1..=CHUNK - from).min(rng.random_range(1..=CHUNK));
+            match rng.random_range(0..6) {
+                0 => disk.wipe(0, CHUNK as u64, Zero::Discard).await,
+                1 => disk.wipe(from as u64, len as u64, Zero::WriteZeroes).await,
+                _ => disk.put(from as u64, &pattern(rng.random(), len)).await,
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn whatever_changes_at_whatever_moment_what_was_there_at_the_cut_is_captured() {
+        for seed in 0..300 {
+            let dir = tempfile::tempdir().unwrap();
+            let world = World::new();
+            let source = world.image("base", &pattern(9, SIZE));
+            let mut rng = StdRng::seed_from_u64(seed);
+            // Memory for some sectors only: then the chunk goes to the spill file half-way.
+            let sectors = [1 << 20, 7, 1, 0][rng.random_range(0..4)];
+            let budgets = Budgets::new(sectors * 4096, 1 << 20);
+            let deps = DiskDeps { budgets, ..deps(&world, (0, 0), "boot") };
+            let spec = spec_of("disk", source, SIZE as u64);
+            let disk = Disk::create(&dir.path().join("disk"), spec, deps).unwrap();
+            disk.take_persister().unwrap().abort();
+            disk.ensure_clone().await.unwrap();
+            change(&disk, &mut rng).await;
+            disk.put(0, &pattern(1, 10)).await;
+            let cut = disk.all().await;
+            let made = disk.try_commit().unwrap().unwrap();
+            change(&disk, &mut rng).await;
+            // Another one behind it sees other bytes.
+            if rng.random() {
+                disk.try_commit().unwrap().unwrap();
+                change(&disk, &mut rng).await;
+            }
+            let generation = disk.shared.generation.load_full();
+            let snapshot = generation.epochs.oldest().unwrap();
+            assert_eq!(snapshot.number, made.number);
+            let captures = Captures::new(Arc::clone(&generation), snapshot, Arc::new(|_| {}));
+            let captured = match generation.look(&captures.wanted, 0) {
+                Err(captured) => captured,
+                Ok(present) => {
+                    change(&disk, &mut rng).await;
+                    let read = generation.read_present(0, &present);
+                    change(&disk, &mut rng).await;
+                    generation.keep(&captures.wanted, 0, present, read).unwrap()
+                }
+            };
+            change(&disk, &mut rng).await;
+            let mut found = pattern(9, CHUNK);
+            match captured {
+                Captured::Here(content) => content.unpack(&mut found).unwrap(),
+                Captured::Zeros => found.fill(0),
+                Captured::Gone => panic!("seed {seed}: nothing failed"),
+            }
+            assert!(found == cut[..CHUNK], "seed {seed}");
         }
     }
 
@@ -338,7 +442,6 @@ mod tests {
         let (_world, disk, captures) = committed(dir.path()).await;
         let Captures { generation, wanted, .. } = &captures;
         let captured = generation.capture(wanted, 0).unwrap();
-        assert!(matches!(captured, Captured::Read(_)));
         assert!(bytes(captured) == pattern(1, SIZE)[..CHUNK]);
         assert_eq!(disk.try_write(0, &pattern(2, 4096)).unwrap(), Attempt::Done);
         assert_eq!(disk.status().aside_bytes, 0);
@@ -350,10 +453,10 @@ mod tests {
         let (_world, _disk, captures) = committed(dir.path()).await;
         let (generation, wanted) = (Arc::clone(&captures.generation), Arc::clone(&captures.wanted));
         let present = generation.look(&wanted, 0).ok().unwrap();
-        let read = generation.read_present(0, present);
+        let read = generation.read_present(0, &present);
         drop(captures);
         // The chunk belongs to the next snapshot now, which must find it as not yet captured.
-        assert!(matches!(generation.keep(&wanted, 0, read).unwrap(), Captured::Gone));
+        assert!(matches!(generation.keep(&wanted, 0, present, read).unwrap(), Captured::Gone));
         assert!(!generation.map.mark(0).captured);
     }
 }

@@ -37,7 +37,7 @@ use super::facts::{self, Facts};
 use super::files::Files;
 use super::frame::{self, Kind};
 use super::io::Which;
-use super::shape::{Sectors, Shape};
+use super::shape::{Sectors, Shape, run_of_bits};
 
 #[cfg(target_endian = "big")]
 compile_error!("map records are native words and meant to be little endian");
@@ -224,19 +224,22 @@ impl Map {
     /// Whether the delta holds `sectors.first`, and the first sector up to `sectors.end` for which
     /// that is otherwise.
     pub(super) fn run(&self, chunk: u64, sectors: Sectors) -> (bool, usize) {
-        let mut at = sectors.first;
-        let mut present = None;
-        while at < sectors.end {
-            let word = self.word(chunk, 1 + at / BITS).load(Ordering::Acquire) >> (at % BITS);
-            let kind = *present.get_or_insert(word & 1 == 1);
-            let same = if kind { word.trailing_ones() } else { word.trailing_zeros() } as usize;
-            let left = BITS - at % BITS;
-            at += same.min(left);
-            if same < left {
-                break;
+        run_of_bits(|index| self.word(chunk, 1 + index).load(Ordering::Acquire), sectors)
+    }
+
+    /// The runs of sectors of a chunk that are in the delta.
+    pub(super) fn present_runs(&self, shape: Shape, chunk: u64) -> Vec<Sectors> {
+        let end = shape.chunk_sectors(chunk);
+        let mut runs = Vec::new();
+        let mut first = 0;
+        while first < end {
+            let (present, next) = self.run(chunk, Sectors { first, end });
+            if present {
+                runs.push(Sectors { first, end: next });
             }
+            first = next;
         }
-        (present.unwrap_or(false), at.min(sectors.end))
+        runs
     }
 
     /// Records that the delta holds the sectors; returns how many it did not hold before. The

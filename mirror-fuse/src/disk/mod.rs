@@ -6,7 +6,7 @@
 //! | `write`, `zero`, `read`, `seek` | what a guest does |
 //! | `flush`, `early` | the promise that a guest's flush makes, and starting on it before it comes |
 //! | `epochs`, `gate`, `commit` | CLONE, COMMIT, and why a snapshot is a consistent cut |
-//! | `stripes`, `aside`, `spill`, `budget`, `buffers` | selective copy-on-write |
+//! | `stripes`, `aside`, `parts`, `content`, `spill`, `budget`, `buffers` | selective copy-on-write |
 //! | `strategy` | what else a snapshot could be kept by, for comparison |
 //! | `persister`, `capture` | making snapshots durable in the background |
 //! | `map`, `facts`, `delta`, `journal`, `state_file`, `record`, `frame` | the files |
@@ -39,6 +39,7 @@ mod budget;
 mod buffers;
 mod capture;
 mod commit;
+mod content;
 mod create;
 mod delta;
 mod early;
@@ -55,6 +56,7 @@ mod generation;
 mod io;
 mod journal;
 mod map;
+mod parts;
 mod persister;
 mod read;
 mod record;

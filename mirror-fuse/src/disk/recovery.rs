@@ -18,7 +18,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::aside::present_runs;
 use super::delta::Delta;
 use super::epochs::List;
 use super::facts::Facts;
@@ -145,7 +144,7 @@ fn contents(shape: Shape, map: &Map, facts: &Facts) -> Result<Contents, DiskErro
             None if mark.epoch >= facts.first => contents.dirty.push(chunk),
             None => {}
         }
-        let runs = present_runs(map, shape, chunk);
+        let runs = map.present_runs(shape, chunk);
         contents.sectors += runs.iter().map(|run| (run.end - run.first) as u64).sum::<u64>();
     })?;
     Ok(contents)

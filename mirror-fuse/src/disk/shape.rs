@@ -47,6 +47,25 @@ impl Sectors {
     }
 }
 
+/// Of a bit for each sector, in words of 64: the first one of `sectors`, and the first sector up to
+/// their end whose bit is another.
+pub(super) fn run_of_bits(word: impl Fn(usize) -> u64, sectors: Sectors) -> (bool, usize) {
+    let bits = u64::BITS as usize;
+    let mut at = sectors.first;
+    let mut found = None;
+    while at < sectors.end {
+        let rest = word(at / bits) >> (at % bits);
+        let bit = *found.get_or_insert(rest & 1 == 1);
+        let same = if bit { rest.trailing_ones() } else { rest.trailing_zeros() } as usize;
+        let left = bits - at % bits;
+        at += same.min(left);
+        if same < left {
+            break;
+        }
+    }
+    (found.unwrap_or(false), at.min(sectors.end))
+}
+
 impl Shape {
     pub(super) fn of(spec: &DiskSpec) -> Result<Self, DiskError> {
         let invalid = |detail: String| DiskError::Invalid { disk: spec.name.to_string(), detail };

@@ -3,7 +3,7 @@
 //!
 //! | strategy | COMMIT | a write to a chunk of a pending snapshot |
 //! |---|---|---|
-//! | selective | cuts | copies the chunk to memory, when the persister has not read it yet |
+//! | selective | cuts | copies what it overwrites to memory, when the persister has not read it yet |
 //! | cow | cuts | copies the chunk to disk, whether or not the persister has read it |
 //! | precopy | cuts, then copies every chunk to disk while writers wait | copies nothing |
 //! | offline | cuts, then has it persisted while writers wait | there is none |
@@ -12,21 +12,20 @@
 //! copy-on-write would copy, in the path of the same writes. That it would also write the new bytes
 //! to the new place, and so leave a fragmented file behind, is left out.
 
-use std::sync::Arc;
-
-use super::aside::{Aside, Content, Room};
+use super::aside::{Aside, Old, Room};
 use super::epochs::Belongs;
 use super::gate::Held;
 use super::generation::Generation;
 use super::map::Mark;
+use super::shape::Sectors;
 use super::shared::Shared;
 use super::{DiskError, facts::Pending};
 
 /// How a snapshot is kept as it was while the guest writes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Strategy {
-    /// A chunk is copied aside before it is overwritten, if the snapshot still needs it: the best,
-    /// and what a mirror is for.
+    /// Sectors are copied aside before they are overwritten, if the snapshot still needs them: the
+    /// best, and what a mirror is for.
     #[default]
     Selective,
     /// Every chunk of a pending snapshot is copied before it is overwritten.
@@ -57,22 +56,24 @@ impl Generation {
         self.common.deps.strategy
     }
 
-    /// Copies what must be copied of a chunk before it is changed; its lock must be held.
+    /// Copies what must be copied of a chunk before the sectors `touched` of it are changed; its lock
+    /// must be held.
     pub(super) fn save(
         &self,
         chunk: u64,
+        touched: Sectors,
         belongs: Belongs,
         room: Room,
     ) -> Result<Saved, DiskError> {
         let strategy = self.strategy();
         match belongs {
             Belongs::Scheduled => {
-                let copy = self.copier().copy(chunk, strategy.room(room))?;
+                let copy = self.copier().copy(chunk, touched, strategy.room(room))?;
                 Ok(copy.map_or(Saved::NoRoom, Saved::Copy))
             }
             // Nobody needs this copy, so nobody waits for room either.
             Belongs::Captured if strategy == Strategy::Cow => {
-                let copy = self.copier().copy(chunk, Room::Spill)?;
+                let copy = self.copier().copy_whole(chunk)?;
                 Ok(copy.map_or(Saved::Nothing, Saved::Copy))
             }
             Belongs::Captured | Belongs::Dirty | Belongs::Free => Ok(Saved::Nothing),
@@ -89,9 +90,9 @@ impl Generation {
             if mark.captured || !snapshot.covers(mark.epoch) {
                 continue;
             }
-            let Some(content) = self.copier().copy(chunk, Room::Spill)? else { return Ok(()) };
-            let aside = Aside::new(mark.epoch, snapshot.last + 1, content);
-            stripe.asides.entry(chunk).or_default().push(Arc::new(aside));
+            let Some(old) = self.copier().copy_whole(chunk)? else { return Ok(()) };
+            let aside = Aside::new(mark.epoch, snapshot.last + 1, old);
+            stripe.asides.entry(chunk).or_default().push(aside);
             self.map.set_mark(chunk, Mark { captured: true, ..mark });
         }
         Ok(())
@@ -102,7 +103,7 @@ impl Generation {
 pub(super) enum Saved {
     /// There was nothing to copy.
     Nothing,
-    Copy(Content),
+    Copy(Old),
     NoRoom,
 }
 
@@ -142,6 +143,7 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::sync::atomic::Ordering;
 
     use super::*;

@@ -5,7 +5,7 @@
 //! write: the paper's state `Pending` is the time for which it holds the lock.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::aside::Aside;
 
@@ -18,7 +18,7 @@ const LISTS: usize = 16;
 #[derive(Debug, Default)]
 pub(super) struct Stripe {
     /// Old versions of chunks, oldest first.
-    pub(super) asides: HashMap<u64, Vec<Arc<Aside>>>,
+    pub(super) asides: HashMap<u64, Vec<Aside>>,
 }
 
 /// The locks of all chunks of a disk.

@@ -1,6 +1,5 @@
 //! Writes.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
@@ -101,11 +100,12 @@ impl Generation {
         self.check()?;
         self.map.reserve(chunk)?;
         let Some(edges) = self.edges(piece, data, fetched)? else { return Ok(Step::NeedsChunk) };
-        if !self.prepare(&mut stripe, chunk, room)? {
+        let touched = self.shape.touched(piece);
+        if !self.prepare(&mut stripe, chunk, touched, room)? {
             return Ok(Step::NeedsRoom);
         }
         let written = self.write_sectors(piece, data, &edges);
-        self.changed(chunk, self.shape.touched(piece), written)
+        self.changed(chunk, touched, written)
     }
 
     fn write_sectors(&self, piece: Piece, data: &[u8], edges: &Edges) -> Result<(), DiskError> {
@@ -194,15 +194,22 @@ impl Generation {
         Err(self.base_error(upstreams::lost(chunk, reason)))
     }
 
-    /// Makes a chunk ready to be changed: it is on the dirty list afterwards, and what a pending
-    /// snapshot still needs of it is aside (algorithm 4 of the paper). Its lock must be held until
-    /// the change is done. `false`: there is no room for the copy; nothing was changed.
+    /// Makes sectors of a chunk ready to be changed: the chunk is on the dirty list afterwards, and what
+    /// pending snapshots still need of the sectors is aside (algorithm 4 of the paper). Its lock must be
+    /// held until the change is done. `false`: there is no room for a copy; nothing was changed.
     pub(super) fn prepare(
         &self,
         stripe: &mut Stripe,
         chunk: u64,
+        touched: Sectors,
         room: Room,
     ) -> Result<bool, DiskError> {
+        // An earlier change may have copied other sectors only.
+        for aside in stripe.asides.get_mut(&chunk).into_iter().flatten() {
+            if !aside.save(&self.copier(), chunk, touched, room)? {
+                return Ok(false);
+            }
+        }
         let mark = self.map.mark(chunk);
         if self.epochs.is_dirty(mark) {
             return Ok(true);
@@ -211,17 +218,17 @@ impl Generation {
         if belongs == Belongs::Dirty {
             return Ok(true);
         }
-        let content = match self.save(chunk, belongs, room)? {
+        let old = match self.save(chunk, touched, belongs, room)? {
             Saved::NoRoom => return Ok(false),
             Saved::Nothing => None,
-            Saved::Copy(content) => Some(content),
+            Saved::Copy(old) => Some(old),
         };
         let (epoch, pending) = self.epochs.make_dirty(&self.map, chunk, mark);
-        if let Some(content) = content {
-            let aside = Aside::new(mark.epoch, epoch, content);
+        if let Some(old) = old {
+            let aside = Aside::new(mark.epoch, epoch, old);
             // The snapshot may have become stable while the copy was made.
             if aside.is_needed(&pending) {
-                stripe.asides.entry(chunk).or_default().push(Arc::new(aside));
+                stripe.asides.entry(chunk).or_default().push(aside);
             }
         }
         Ok(true)

@@ -76,7 +76,7 @@ impl Generation {
         let mut stripe = self.stripes.lock(chunk);
         self.check()?;
         self.map.reserve(chunk)?;
-        if !self.prepare(&mut stripe, chunk, room)? {
+        if !self.prepare(&mut stripe, chunk, sectors, room)? {
             return Ok(Step::NeedsRoom);
         }
         // Before the presence bits: the delta may hold rubbish where nothing is present, left by a

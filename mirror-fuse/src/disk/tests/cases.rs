@@ -219,7 +219,7 @@ async fn who_waits_for_a_commit_is_answered_before_it_is_persisted() {
 
 /// The prototype copied whole runs of chunks, under a global lock and without a bound.
 #[tokio::test]
-async fn copy_on_write_is_by_chunk_and_once() {
+async fn copy_on_write_is_by_sector_and_once() {
     let setup = Setup::usual();
     setup.disk.put(0, &pattern(3, 4 * CHUNK)).await;
     setup.disk.ensure_clone().await.unwrap();
@@ -230,7 +230,7 @@ async fn copy_on_write_is_by_chunk_and_once() {
         setup.disk.put(CHUNK as u64 + n * 512, &pattern(n, 512)).await;
     }
     let status = setup.disk.status();
-    assert_eq!(status.aside_bytes, CHUNK as u64, "one chunk was touched, one copied");
+    assert_eq!(status.aside_bytes, 8192, "two sectors were touched, two copied");
     assert_eq!(status.dirty_bytes, CHUNK as u64);
     setup.world.release();
     setup.disk.settle().await.unwrap();
@@ -262,7 +262,7 @@ async fn copies_go_to_memory_then_to_the_spill_file_then_the_writer_waits() {
     let expected = setup.disk.all().await;
     let made = setup.disk.try_commit().unwrap().unwrap();
     let chunk = CHUNK as u64;
-    assert_eq!(setup.disk.try_write(0, &[1; 10]).unwrap(), Attempt::Done);
+    assert_eq!(setup.disk.try_write(0, &[1; CHUNK]).unwrap(), Attempt::Done);
     assert_eq!(setup.disk.try_write(chunk, &[2; 10]).unwrap(), Attempt::NeedsAsync { done: 0 });
     setup.disk.put(chunk, &[2; 10]).await;
     let status = setup.disk.status();
@@ -282,7 +282,7 @@ async fn copies_go_to_memory_then_to_the_spill_file_then_the_writer_waits() {
     let status = setup.disk.status();
     assert_eq!((status.aside_bytes, status.spill_bytes), (0, 0));
     let mut now = expected;
-    for (at, byte, len) in [(0, 1, 10), (chunk, 2, 10), (2 * chunk - 5, 3, 10)] {
+    for (at, byte, len) in [(0, 1, CHUNK), (chunk, 2, 10), (2 * chunk - 5, 3, 10)] {
         now[at as usize..][..len].fill(byte);
     }
     assert_eq!(setup.disk.all().await, now);
@@ -913,7 +913,7 @@ async fn copies_of_one_disk_wait_for_no_other_disks_snapshot() {
     }
     world.hold();
     let made = Disk::commit_all(&disks, "").await.unwrap();
-    assert_eq!(disks[0].try_write(0, &[1; 10]).unwrap(), Attempt::Done);
+    assert_eq!(disks[0].try_write(0, &[1; CHUNK]).unwrap(), Attempt::Done);
     let second = Arc::clone(&disks[1]);
     let writer = tokio::spawn(async move { second.put(0, &[2; 10]).await });
     eventually("the writer waits", || disks[1].status().throttled_writes > 0).await;

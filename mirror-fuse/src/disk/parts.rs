@@ -1,0 +1,139 @@
+//! The old bytes of a chunk, copied sector by sector as they are overwritten.
+//!
+//! *Invariant.* Each sector that the delta held at a snapshot's cut is either here or in the delta as
+//! it was then: it is copied before it changes, both under the chunk's lock. So the delta as it is read
+//! at any time, with what is here *after* that put over it, is the chunk as of the cut.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::budget::Share;
+use super::buffers::Buffer;
+use super::content::Content;
+use super::map::Map;
+use super::shape::{SECTOR, Sectors, Shape, run_of_bits};
+
+/// Neighbouring sectors, copied at once.
+#[derive(Debug)]
+struct Piece {
+    first: usize,
+    bytes: Buffer,
+    _share: Share,
+}
+
+impl Piece {
+    fn bytes(&self) -> &[u8] {
+        self.bytes.as_ref()
+    }
+}
+
+/// A piece whose bytes somebody has.
+struct Held(Arc<Piece>);
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        self.0.bytes()
+    }
+}
+
+/// What was copied of a chunk so far.
+#[derive(Debug, Clone)]
+pub(super) struct Parts {
+    /// What the delta held at the cut.
+    present: Vec<Sectors>,
+    /// A bit for each of those sectors that did not change since.
+    unchanged: Vec<u64>,
+    pieces: Vec<Arc<Piece>>,
+}
+
+impl Parts {
+    /// Nothing is copied yet, and nothing of the chunk has changed since the cut: its lock must be held.
+    pub(super) fn of(map: &Map, shape: Shape, chunk: u64) -> Self {
+        let (present, unchanged) = (map.present_runs(shape, chunk), map.presence(chunk).collect());
+        Self { present, unchanged, pieces: Vec::new() }
+    }
+
+    /// What the delta held at the cut.
+    pub(super) fn present(&self) -> &[Sectors] {
+        &self.present
+    }
+
+    /// Whether nothing of it is in the delta alone.
+    pub(super) fn are_all(&self) -> bool {
+        self.unchanged.iter().all(|word| *word == 0)
+    }
+
+    /// The first of the sectors that are to be copied before `touched` is changed.
+    pub(super) fn missing(&self, touched: Sectors) -> Option<Sectors> {
+        let run =
+            |from| run_of_bits(|index| self.unchanged[index], Sectors { first: from, ..touched });
+        let (unchanged, end) = run(touched.first);
+        let first = if unchanged { touched.first } else { end };
+        let end = if unchanged { end } else { run(end).1 };
+        (first < end).then_some(Sectors { first, end })
+    }
+
+    /// The old bytes of sectors that were missing.
+    pub(super) fn add(&mut self, sectors: Sectors, bytes: Buffer, share: Share) {
+        for sector in sectors.first..sectors.end {
+            self.unchanged[sector / 64] &= !(1 << (sector % 64));
+        }
+        self.pieces.push(Arc::new(Piece { first: sectors.first, bytes, _share: share }));
+    }
+
+    /// Puts what is here over what was read of the delta, packed, and makes the chunk as of the cut of
+    /// it. What is here must have been taken after that was read.
+    pub(super) fn over(self, mut read: Vec<u8>) -> Content {
+        self.put_over(&mut read);
+        Content::of(self.present, read.into())
+    }
+
+    /// As [`Self::over`], where the delta held a hole.
+    pub(super) fn over_zeros(self) -> Content {
+        let zeros = vec![0; self.bytes()];
+        self.over(zeros)
+    }
+
+    /// As [`Self::over`], in place.
+    pub(super) fn put_over(&self, packed: &mut [u8]) {
+        for piece in &self.pieces {
+            let at = self.packed_at(piece.first);
+            packed[at..at + piece.bytes().len()].copy_from_slice(piece.bytes());
+        }
+    }
+
+    /// The chunk as of the cut; [`Self::are_all`] must hold.
+    pub(super) fn whole(self) -> Content {
+        let len = self.bytes();
+        match self.pieces.first() {
+            Some(piece) if piece.bytes().len() == len => {
+                let bytes = Bytes::from_owner(Held(Arc::clone(piece)));
+                Content::of(self.present, bytes)
+            }
+            _ => self.over_zeros(),
+        }
+    }
+
+    /// Where a sector is among those that the delta held, in bytes.
+    fn packed_at(&self, sector: usize) -> usize {
+        let mut at = 0;
+        for run in &self.present {
+            if sector < run.end {
+                return at + (sector - run.first) * SECTOR;
+            }
+            at += run.bytes();
+        }
+        at
+    }
+
+    /// Bytes that the delta held at the cut.
+    pub(super) fn bytes(&self) -> usize {
+        self.present.iter().map(|run| run.bytes()).sum()
+    }
+
+    /// Bytes of memory in use.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.pieces.iter().map(|piece| piece.bytes().len() as u64).sum()
+    }
+}
