@@ -13,7 +13,7 @@ pub struct Background(Option<Runtime>);
 
 impl Background {
     /// Starts its threads, each `nice` steps below the thread that starts them (as `nice(1)`
-    /// counts them).
+    /// counts them). Where that is any, they also let a running thread go on when they wake.
     ///
     /// # Errors
     /// When no thread can be started, or the kernel does not tell the priority.
@@ -22,7 +22,10 @@ impl Background {
         let lowered = getpriority_process(None)? + i32::from(nice);
         let give_way = move || {
             // Not by so many steps: a thread begins with what the one that starts it has.
-            if let Err(error) = setpriority_process(None, lowered) {
+            let lower = || setpriority_process(None, lowered).map_err(io::Error::from);
+            let given_way =
+                lower().and_then(|()| if nice > 0 { await_a_processor() } else { Ok(()) });
+            if let Err(error) = given_way {
                 tracing::warn!(%error, "a thread that persists snapshots keeps its priority");
             }
         };
@@ -44,6 +47,16 @@ impl Background {
     }
 }
 
+/// From now on the calling thread, when it wakes, does not take the processor from one that runs.
+fn await_a_processor() -> io::Result<()> {
+    let none = libc::sched_param { sched_priority: 0 };
+    // SAFETY: no other memory than `none` is read, and none is written.
+    match unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const none) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 impl Drop for Background {
     fn drop(&mut self) {
         // Whoever drops it may be a task, which must not wait for others.
@@ -59,6 +72,22 @@ mod tests {
 
     fn niceness() -> i32 {
         getpriority_process(None).unwrap()
+    }
+
+    fn is_batch() -> bool {
+        // SAFETY: touches no memory.
+        unsafe { libc::sched_getscheduler(0) == libc::SCHED_BATCH }
+    }
+
+    #[test]
+    fn its_threads_take_no_processor_from_others_unless_they_are_like_them() {
+        for nice in [0, 1] {
+            let background = Background::start(nice).unwrap();
+            let (sender, batch) = std::sync::mpsc::channel();
+            background.handle().spawn_blocking(move || sender.send(is_batch()).unwrap());
+            assert_eq!(batch.recv().unwrap(), nice > 0);
+        }
+        assert!(!is_batch());
     }
 
     #[test]

@@ -108,6 +108,7 @@ impl Shared {
             if generation.epochs.pending().len() < PENDING_MAX {
                 return Ok(());
             }
+            self.persist_now();
             // The sender is in `self`.
             let _ = changes.changed().await;
         }
@@ -142,7 +143,7 @@ pub(crate) struct PersistOnDrop(Arc<Shared>);
 
 impl Drop for PersistOnDrop {
     fn drop(&mut self) {
-        self.0.wake.notify_one();
+        self.0.persist_soon();
     }
 }
 
@@ -173,7 +174,9 @@ impl Disk {
             let since = Instant::now();
             let held = self.shared.hold_writers();
             if let Some(mut committed) = self.shared.cut("", since)? {
-                self.shared.wake.notify_one();
+                let persist =
+                    if held.is_none() { Shared::persist_soon } else { Shared::persist_now };
+                persist(&self.shared);
                 if held.is_some() {
                     self.shared.before_writers_go_on(committed.number).await?;
                     committed.downtime = since.elapsed();
@@ -224,7 +227,8 @@ async fn cut_and_hold(
     let made = cut_all(disks, key);
     // Not sooner: a persister would take the processor while writes are held up. Those that were cut
     // before an error are persisted, too.
-    disks.values().for_each(|disk| disk.wake.notify_one());
+    let persist = if held.is_empty() { Shared::persist_soon } else { Shared::persist_now };
+    disks.values().for_each(|disk| persist(disk));
     let mut made = made?;
     if !held.is_empty() {
         let each = disks.iter().map(|(uid, disk)| disk.before_writers_go_on(made[uid].number));

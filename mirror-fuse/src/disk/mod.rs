@@ -8,7 +8,7 @@
 //! | `epochs`, `gate`, `commit` | CLONE, COMMIT, and why a snapshot is a consistent cut |
 //! | `stripes`, `aside`, `parts`, `content`, `spill`, `budget`, `buffers` | selective copy-on-write |
 //! | `strategy` | what else a snapshot could be kept by, for comparison |
-//! | `persister`, `capture` | making snapshots durable in the background |
+//! | `persister`, `alarm`, `capture` | making snapshots durable in the background |
 //! | `map`, `facts`, `delta`, `journal`, `state_file`, `record`, `frame` | the files |
 //! | `create`, `recovery`, `rollback`, `generation` | making; opening after whatever happened; going back |
 //! | `io`, `files` | every change to a file, where tests inject faults |
@@ -33,6 +33,7 @@
 //! * A snapshot never holds a byte that was not the disk's at its moment. Where the bytes of that
 //!   moment are gone, it fails.
 
+mod alarm;
 mod aside;
 mod base_view;
 mod budget;

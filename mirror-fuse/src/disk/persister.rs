@@ -37,7 +37,7 @@ pub(super) async fn run(shared: Arc<Shared>) {
         let generation = shared.generation.load_full();
         match (generation.epochs.oldest(), shared.checkpoint.get()) {
             (Some(snapshot), Some(image)) => persist(&shared, &generation, image, snapshot).await,
-            _ => shared.wake.notified().await,
+            _ => shared.woken().await,
         }
     }
 }

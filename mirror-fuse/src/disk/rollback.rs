@@ -100,6 +100,7 @@ impl Shared {
             if generation.epochs.pending().is_empty() {
                 return Ok(());
             }
+            self.persist_now();
             // The sender is in `self`.
             let _ = changes.changed().await;
         }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use arc_swap::ArcSwap;
 use tokio::sync::{Notify, watch};
 
+use super::alarm::Alarm;
 use super::gate::Gate;
 use super::generation::{Common, Generation};
 use super::state_file::StateFile;
@@ -43,7 +44,9 @@ pub(super) struct Shared {
     /// Numbers below were handed out by an earlier process.
     pub(super) first_number: u64,
     /// Tells the persister that there is something to do.
-    pub(super) wake: Notify,
+    wake: Notify,
+    /// The same, a while later. Made once the disk has a checkpoint image.
+    alarm: OnceLock<Alarm>,
     settled: Mutex<BTreeMap<u64, Settled>>,
     /// Changes whenever a snapshot settles, and when the disk stops.
     changes: watch::Sender<u64>,
@@ -81,6 +84,7 @@ impl Shared {
             checkpoint,
             reserved_until: AtomicU64::new(durable.reserved_until),
             wake: Notify::new(),
+            alarm: OnceLock::new(),
             settled: Mutex::default(),
             changes: watch::Sender::new(0),
             stalled: Mutex::default(),
@@ -131,6 +135,43 @@ impl Shared {
     pub(super) fn wants_numbers(&self) -> bool {
         let next = self.generation.load().epochs.facts().next_number;
         self.reserved_until.load(Ordering::Acquire) < next + NUMBERS_RESERVED / 2
+    }
+
+    /// Has a snapshot that was just cut persisted; whoever asked for it is told first.
+    pub(super) fn persist_soon(&self) {
+        let after = self.common.deps.persist_after;
+        let is_set = |alarm: &Alarm| !after.is_zero() && alarm.set(after).is_ok();
+        if !self.alarm.get().is_some_and(is_set) {
+            self.persist_now();
+        }
+    }
+
+    /// Has what is pending persisted: somebody waits for it.
+    pub(super) fn persist_now(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Returns when the persister is to look for something to do.
+    pub(super) async fn woken(&self) {
+        if self.alarm.get().is_none() && self.checkpoint.get().is_some() {
+            match Alarm::new() {
+                // Only the persister makes one.
+                Ok(alarm) => drop(self.alarm.set(alarm)),
+                Err(error) => {
+                    tracing::debug!(disk = self.disk(), %error, "COMMITs are persisted at once");
+                }
+            }
+        }
+        let rang = async {
+            match self.alarm.get() {
+                Some(alarm) if alarm.rang().await.is_ok() => {}
+                _ => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.wake.notified() => {}
+            () = rang => {}
+        }
     }
 
     fn settled(&self) -> MutexGuard<'_, BTreeMap<u64, Settled>> {

@@ -1,6 +1,7 @@
 //! What a disk is made of.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use blobcr_proto::DiskName;
 use tokio::runtime::Handle;
@@ -46,6 +47,8 @@ pub struct DiskDeps {
     pub background: Handle,
     /// How a snapshot is kept as it was while the guest writes on.
     pub strategy: Strategy,
+    /// How long after a COMMIT the persister wakes, unless somebody waits for the snapshot.
+    pub persist_after: Duration,
 }
 
 impl std::fmt::Debug for DiskDeps {
@@ -76,6 +79,7 @@ impl DiskDeps {
             runtime: Handle::current(),
             background: Handle::current(),
             strategy: Strategy::default(),
+            persist_after: Duration::ZERO,
         })
     }
 }

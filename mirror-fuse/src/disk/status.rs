@@ -57,6 +57,7 @@ impl Shared {
                 return self.earlier_outcome(number).await;
             }
             generation.check()?;
+            self.persist_now();
             // The sender is in `self`.
             let _ = changes.changed().await;
         }

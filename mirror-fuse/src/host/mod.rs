@@ -38,6 +38,9 @@ pub use options::HostOptions;
 /// How often the cache is asked to make room for the disks.
 const YIELD_INTERVAL: Duration = Duration::from_secs(5);
 
+/// Long enough that a guest has the answer to its CHECKPOINT, and short beside what persisting takes.
+const PERSIST_AFTER: Duration = Duration::from_millis(2);
+
 /// A running mirror. Clones are the same one; it unmounts when the last is dropped, but only
 /// [`Host::stop`] leaves the disks ready for a quick start.
 #[derive(Clone, Debug)]
@@ -120,6 +123,7 @@ impl Host {
         let deps = DiskDeps {
             strategy: options.strategy,
             background: background.handle().clone(),
+            persist_after: PERSIST_AFTER,
             ..deps
         };
         let disks_dir = options.dir.join("disks");

@@ -217,6 +217,49 @@ async fn who_waits_for_a_commit_is_answered_before_it_is_persisted() {
     assert_eq!(setup.world.bytes(made.image_id, made.number), setup.disk.all().await);
 }
 
+/// A disk that has committed once already, whose persister wakes so long after a COMMIT.
+async fn unhurried(persist_after: Duration) -> (tempfile::TempDir, Arc<World>, Arc<Disk>) {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::new();
+    let source = world.image("base", &pattern(1, SIZE as usize));
+    let deps = DiskDeps { persist_after, ..deps(&world, (16, 16), "boot") };
+    let disk = Disk::create(&dir.path().join("disk"), spec_of("disk", source, SIZE), deps).unwrap();
+    let made = disk.commit().await.unwrap();
+    assert_eq!(disk.wait_stable(made.number).await.unwrap(), Settled::Stable);
+    // It rests again.
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    (dir, world, disk)
+}
+
+#[tokio::test]
+async fn a_commit_is_persisted_a_while_after_it() {
+    let after = Duration::from_millis(100);
+    let (_dir, world, disk) = unhurried(after).await;
+    let begun = world.calls("begin");
+    let began = std::time::Instant::now();
+    disk.try_commit().unwrap().unwrap();
+    disk.put(0, &pattern(3, 4096)).await;
+    Disk::commit_all(&[Arc::clone(&disk)], "").await.unwrap();
+    eventually("both are stable", || disk.status().pending.is_empty()).await;
+    assert!(began.elapsed() >= after);
+    assert_eq!(world.calls("begin"), begun + 2);
+}
+
+#[tokio::test]
+async fn whoever_waits_for_a_snapshot_has_it_persisted_at_once() {
+    let (_dir, _world, disk) = unhurried(Duration::from_secs(100_000)).await;
+    let made = disk.try_commit().unwrap().unwrap();
+    assert_eq!(disk.wait_stable(made.number).await.unwrap(), Settled::Stable);
+    disk.try_commit().unwrap().unwrap();
+    disk.settle().await.unwrap();
+    disk.try_commit().unwrap().unwrap();
+    disk.rollback(0).await.unwrap();
+    // The third one waits for the first.
+    for _ in 0..3 {
+        disk.commit().await.unwrap();
+    }
+}
+
 /// The prototype copied whole runs of chunks, under a global lock and without a bound.
 #[tokio::test]
 async fn copy_on_write_is_by_sector_and_once() {

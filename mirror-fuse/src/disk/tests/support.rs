@@ -515,6 +515,7 @@ pub(crate) fn deps(world: &Arc<World>, room: (u64, u64), boot: &str) -> DiskDeps
         runtime: tokio::runtime::Handle::current(),
         background: tokio::runtime::Handle::current(),
         strategy: Strategy::default(),
+        persist_after: Duration::ZERO,
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use blobcr_mirror_fuse::disk::{
@@ -134,6 +135,7 @@ fn deps(boot_id: &str) -> DiskDeps {
         runtime: tokio::runtime::Handle::current(),
         background: tokio::runtime::Handle::current(),
         strategy: Strategy::default(),
+        persist_after: Duration::ZERO,
     }
 }
 
