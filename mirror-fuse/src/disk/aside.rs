@@ -64,7 +64,7 @@ impl Copier<'_> {
         touched: Sectors,
         room: Room,
     ) -> Result<Option<Old>, DiskError> {
-        let mut old = Old::Parts(Parts::of(self.map, self.shape, chunk));
+        let mut old = Old::Parts(Parts::of(self.map, chunk));
         Ok(self.save(&mut old, chunk, touched, room)?.then_some(old))
     }
 

@@ -106,12 +106,16 @@ impl Generation {
         {
             return Ok(parts.present().to_vec());
         }
-        match self.find(&mut stripe, wanted, chunk) {
-            Found::InDelta(_) => Ok(self.map.present_runs(self.shape, chunk)),
-            Found::Aside(Old::Whole(content)) => Err(Captured::Here(content)),
-            Found::Aside(Old::Parts(parts)) => Err(Captured::Here(Arc::new(parts.whole()))),
-            Found::Gone => Err(Captured::Gone),
-        }
+        let old = match self.find(&mut stripe, wanted, chunk) {
+            Found::InDelta(_) => return Ok(self.map.present_runs(chunk)),
+            Found::Aside(old) => old,
+            Found::Gone => return Err(Captured::Gone),
+        };
+        drop(stripe);
+        Err(Captured::Here(match old {
+            Old::Whole(content) => content,
+            Old::Parts(parts) => Arc::new(parts.whole()),
+        }))
     }
 
     /// Keeps what was read of the delta as far as it is the snapshot's.

@@ -228,8 +228,8 @@ impl Map {
     }
 
     /// The runs of sectors of a chunk that are in the delta.
-    pub(super) fn present_runs(&self, shape: Shape, chunk: u64) -> Vec<Sectors> {
-        let end = shape.chunk_sectors(chunk);
+    pub(super) fn present_runs(&self, chunk: u64) -> Vec<Sectors> {
+        let end = self.shape.chunk_sectors(chunk);
         let mut runs = Vec::new();
         let mut first = 0;
         while first < end {

@@ -12,7 +12,7 @@ use super::budget::Share;
 use super::buffers::Buffer;
 use super::content::Content;
 use super::map::Map;
-use super::shape::{SECTOR, Sectors, Shape, run_of_bits};
+use super::shape::{SECTOR, Sectors, run_of_bits};
 
 /// Neighbouring sectors, copied at once.
 #[derive(Debug)]
@@ -49,8 +49,8 @@ pub(super) struct Parts {
 
 impl Parts {
     /// Nothing is copied yet, and nothing of the chunk has changed since the cut: its lock must be held.
-    pub(super) fn of(map: &Map, shape: Shape, chunk: u64) -> Self {
-        let (present, unchanged) = (map.present_runs(shape, chunk), map.presence(chunk).collect());
+    pub(super) fn of(map: &Map, chunk: u64) -> Self {
+        let (present, unchanged) = (map.present_runs(chunk), map.presence(chunk).collect());
         Self { present, unchanged, pieces: Vec::new() }
     }
 
@@ -135,5 +135,70 @@ impl Parts {
     /// Bytes of memory in use.
     pub(super) fn memory_bytes(&self) -> u64 {
         self.pieces.iter().map(|piece| piece.bytes().len() as u64).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::budget::Budgets;
+    use super::*;
+
+    const fn s(first: usize, end: usize) -> Sectors {
+        Sectors { first, end }
+    }
+
+    /// Sectors 2 to 5 and 60 to 70 of a chunk.
+    fn parts() -> Parts {
+        let unchanged = vec![0b11_1100 | 0xf << 60, 0b11_1111];
+        Parts { present: vec![s(2, 6), s(60, 70)], unchanged, pieces: Vec::new() }
+    }
+
+    fn add(parts: &mut Parts, sectors: Sectors, byte: u8) {
+        let budgets = Budgets::new(1 << 20, 0);
+        let share = budgets.take_memory(sectors.bytes() as u64).unwrap();
+        let bytes = budgets.buffers().add(vec![byte; sectors.bytes()]);
+        parts.add(sectors, bytes, share);
+    }
+
+    #[test]
+    fn what_was_not_in_the_delta_or_is_here_is_not_copied() {
+        let mut parts = parts();
+        assert_eq!(parts.missing(s(0, 2)), None);
+        assert_eq!(parts.missing(s(0, 4)), Some(s(2, 4)));
+        assert_eq!(parts.missing(s(3, 100)), Some(s(3, 6)));
+        assert_eq!(parts.missing(s(6, 100)), Some(s(60, 70)));
+        add(&mut parts, s(62, 65), 1);
+        assert_eq!(parts.missing(s(6, 100)), Some(s(60, 62)));
+        assert_eq!(parts.missing(s(62, 100)), Some(s(65, 70)));
+        assert_eq!(parts.missing(s(62, 65)), None);
+        assert_eq!(parts.memory_bytes(), 3 * SECTOR as u64);
+    }
+
+    #[test]
+    fn pieces_are_put_where_they_were() {
+        let mut parts = parts();
+        add(&mut parts, s(3, 5), 3);
+        add(&mut parts, s(62, 65), 6);
+        assert!(!parts.are_all());
+        let mut packed = vec![0; parts.bytes()];
+        parts.put_over(&mut packed);
+        let of_sectors: Vec<u8> = packed.chunks(SECTOR).map(|sector| sector[7]).collect();
+        assert_eq!(of_sectors, [0, 3, 3, 0, 0, 0, 6, 6, 6, 0, 0, 0, 0, 0]);
+        for rest in [s(2, 3), s(5, 6), s(60, 62), s(65, 70)] {
+            add(&mut parts, rest, 9);
+        }
+        assert!(parts.are_all());
+        let mut chunk = vec![0; 70 * SECTOR];
+        parts.whole().unpack(&mut chunk).unwrap();
+        assert_eq!((chunk[2 * SECTOR], chunk[3 * SECTOR], chunk[69 * SECTOR]), (9, 3, 9));
+    }
+
+    #[test]
+    fn a_chunk_that_was_copied_at_once_is_not_copied_again() {
+        let mut parts = Parts { present: vec![s(0, 16)], unchanged: vec![0xffff], pieces: vec![] };
+        add(&mut parts, s(0, 16), 5);
+        let at = parts.pieces[0].bytes().as_ptr();
+        let whole = parts.whole().whole(16 * SECTOR).unwrap();
+        assert_eq!((whole.as_ptr(), whole[0]), (at, 5));
     }
 }

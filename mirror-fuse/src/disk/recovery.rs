@@ -144,7 +144,7 @@ fn contents(shape: Shape, map: &Map, facts: &Facts) -> Result<Contents, DiskErro
             None if mark.epoch >= facts.first => contents.dirty.push(chunk),
             None => {}
         }
-        let runs = map.present_runs(shape, chunk);
+        let runs = map.present_runs(chunk);
         contents.sectors += runs.iter().map(|run| (run.end - run.first) as u64).sum::<u64>();
     })?;
     Ok(contents)
