@@ -27,7 +27,6 @@ use super::io::Which;
 use super::journal::Journal;
 use super::map::{Map, Mark};
 use super::record;
-use super::shape::Shape;
 use super::shared::{NUMBERS_RESERVED, Start};
 use super::state_file::{Durable, StateFile};
 use super::{DiskDeps, DiskError};
@@ -118,7 +117,7 @@ fn open_generation(common: &Common, durable: &Durable) -> Result<Generation, Dis
     facts.boot_id.clone_from(boot_id);
     facts.seq += 1;
     map.write_facts(&facts);
-    let contents = contents(common.shape, &map, &facts)?;
+    let contents = contents(&map, &facts)?;
     let words = map.presence_words();
     let journal =
         Journal::open(&common.files, &dir.join(JOURNAL), words, &identity, |_, _| Ok(()))?;
@@ -132,7 +131,7 @@ fn open_generation(common: &Common, durable: &Durable) -> Result<Generation, Dis
 }
 
 /// Sorts the chunks of a map by what they belong to.
-fn contents(shape: Shape, map: &Map, facts: &Facts) -> Result<Contents, DiskError> {
+fn contents(map: &Map, facts: &Facts) -> Result<Contents, DiskError> {
     let mut contents = Contents::default();
     contents.lists.resize_with(facts.pending.len(), List::default);
     map.scan(|chunk, mark| {
@@ -178,7 +177,7 @@ fn rebuild(
         ..fresh_facts(&common.deps.boot_id)
     };
     map.write_facts(&facts);
-    let contents = contents(common.shape, &map, &facts)?;
+    let contents = contents(&map, &facts)?;
     // The map counts from here on: it is whole, and names this boot.
     common.files.rename(Which::Map, &new, &dir.join(MAP))?;
     Ok((Parts { delta, map, journal }, facts, contents))
