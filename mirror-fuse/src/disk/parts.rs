@@ -103,15 +103,14 @@ impl Parts {
         }
     }
 
-    /// The chunk as of the cut; [`Self::are_all`] must hold.
-    pub(super) fn whole(self) -> Content {
+    /// The chunk as of the cut; [`Self::are_all`] must hold. What was copied at once is handed on, and
+    /// is no longer of the memory for copies: whoever sends it is bounded by itself.
+    pub(super) fn whole(mut self) -> Content {
         let len = self.bytes();
-        match self.pieces.first() {
-            Some(piece) if piece.bytes().len() == len => {
-                let bytes = Bytes::from_owner(Held(Arc::clone(piece)));
-                Content::of(self.present, bytes)
-            }
-            _ => self.over_zeros(),
+        match self.pieces.pop_if(|piece| piece.bytes().len() == len).map(Arc::try_unwrap) {
+            None => self.over_zeros(),
+            Some(Ok(piece)) => Content::of(self.present, Bytes::from_owner(piece.bytes)),
+            Some(Err(shared)) => Content::of(self.present, Bytes::from_owner(Held(shared))),
         }
     }
 
@@ -153,8 +152,7 @@ mod tests {
         Parts { present: vec![s(2, 6), s(60, 70)], unchanged, pieces: Vec::new() }
     }
 
-    fn add(parts: &mut Parts, sectors: Sectors, byte: u8) {
-        let budgets = Budgets::new(1 << 20, 0);
+    fn add(budgets: &Arc<Budgets>, parts: &mut Parts, sectors: Sectors, byte: u8) {
         let share = budgets.take_memory(sectors.bytes() as u64).unwrap();
         let bytes = budgets.buffers().add(vec![byte; sectors.bytes()]);
         parts.add(sectors, bytes, share);
@@ -162,12 +160,12 @@ mod tests {
 
     #[test]
     fn what_was_not_in_the_delta_or_is_here_is_not_copied() {
-        let mut parts = parts();
+        let (budgets, mut parts) = (Budgets::new(1 << 20, 0), parts());
         assert_eq!(parts.missing(s(0, 2)), None);
         assert_eq!(parts.missing(s(0, 4)), Some(s(2, 4)));
         assert_eq!(parts.missing(s(3, 100)), Some(s(3, 6)));
         assert_eq!(parts.missing(s(6, 100)), Some(s(60, 70)));
-        add(&mut parts, s(62, 65), 1);
+        add(&budgets, &mut parts, s(62, 65), 1);
         assert_eq!(parts.missing(s(6, 100)), Some(s(60, 62)));
         assert_eq!(parts.missing(s(62, 100)), Some(s(65, 70)));
         assert_eq!(parts.missing(s(62, 65)), None);
@@ -176,16 +174,16 @@ mod tests {
 
     #[test]
     fn pieces_are_put_where_they_were() {
-        let mut parts = parts();
-        add(&mut parts, s(3, 5), 3);
-        add(&mut parts, s(62, 65), 6);
+        let (budgets, mut parts) = (Budgets::new(1 << 20, 0), parts());
+        add(&budgets, &mut parts, s(3, 5), 3);
+        add(&budgets, &mut parts, s(62, 65), 6);
         assert!(!parts.are_all());
         let mut packed = vec![0; parts.bytes()];
         parts.put_over(&mut packed);
         let of_sectors: Vec<u8> = packed.chunks(SECTOR).map(|sector| sector[7]).collect();
         assert_eq!(of_sectors, [0, 3, 3, 0, 0, 0, 6, 6, 6, 0, 0, 0, 0, 0]);
         for rest in [s(2, 3), s(5, 6), s(60, 62), s(65, 70)] {
-            add(&mut parts, rest, 9);
+            add(&budgets, &mut parts, rest, 9);
         }
         assert!(parts.are_all());
         let mut chunk = vec![0; 70 * SECTOR];
@@ -196,9 +194,15 @@ mod tests {
     #[test]
     fn a_chunk_that_was_copied_at_once_is_not_copied_again() {
         let mut parts = Parts { present: vec![s(0, 16)], unchanged: vec![0xffff], pieces: vec![] };
-        add(&mut parts, s(0, 16), 5);
+        let budgets = Budgets::new(1 << 20, 0);
+        add(&budgets, &mut parts, s(0, 16), 5);
         let at = parts.pieces[0].bytes().as_ptr();
+        // A snapshot behind this one may need it, too.
+        let shared = parts.clone().whole().whole(16 * SECTOR).unwrap();
+        assert_eq!((shared.as_ptr(), shared[0]), (at, 5));
+        drop(shared);
         let whole = parts.whole().whole(16 * SECTOR).unwrap();
         assert_eq!((whole.as_ptr(), whole[0]), (at, 5));
+        assert_eq!(budgets.memory().used(), 0, "while it is sent there is room for others");
     }
 }
