@@ -174,9 +174,7 @@ impl Disk {
             let since = Instant::now();
             let held = self.shared.hold_writers();
             if let Some(mut committed) = self.shared.cut("", since)? {
-                let persist =
-                    if held.is_none() { Shared::persist_soon } else { Shared::persist_now };
-                persist(&self.shared);
+                self.shared.persist_soon();
                 if held.is_some() {
                     self.shared.before_writers_go_on(committed.number).await?;
                     committed.downtime = since.elapsed();
@@ -227,8 +225,7 @@ async fn cut_and_hold(
     let made = cut_all(disks, key);
     // Not sooner: a persister would take the processor while writes are held up. Those that were cut
     // before an error are persisted, too.
-    let persist = if held.is_empty() { Shared::persist_soon } else { Shared::persist_now };
-    disks.values().for_each(|disk| persist(disk));
+    disks.values().for_each(|disk| disk.persist_soon());
     let mut made = made?;
     if !held.is_empty() {
         let each = disks.iter().map(|(uid, disk)| disk.before_writers_go_on(made[uid].number));

@@ -46,7 +46,7 @@ pub(super) struct Shared {
     /// Tells the persister that there is something to do.
     wake: Notify,
     /// The same, a while later. Made once the disk has a checkpoint image.
-    alarm: OnceLock<Alarm>,
+    pub(super) alarm: OnceLock<Alarm>,
     settled: Mutex<BTreeMap<u64, Settled>>,
     /// Changes whenever a snapshot settles, and when the disk stops.
     changes: watch::Sender<u64>,

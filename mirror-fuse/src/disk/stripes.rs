@@ -1,8 +1,8 @@
 //! The locks of chunks, and what is only touched under them.
 //!
 //! Many chunks share a lock; who changes a chunk's bytes or mark holds its lock from the first
-//! look to the last store. The persister takes it to read a chunk, so it never sees half of a
-//! write: the paper's state `Pending` is the time for which it holds the lock.
+//! look to the last store. The persister takes it before and after it reads a chunk, and counts only
+//! what nobody changed in between (see [`super::capture`]): the paper's state `Pending`.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

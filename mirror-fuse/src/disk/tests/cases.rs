@@ -226,8 +226,7 @@ async fn unhurried(persist_after: Duration) -> (tempfile::TempDir, Arc<World>, A
     let disk = Disk::create(&dir.path().join("disk"), spec_of("disk", source, SIZE), deps).unwrap();
     let made = disk.commit().await.unwrap();
     assert_eq!(disk.wait_stable(made.number).await.unwrap(), Settled::Stable);
-    // It rests again.
-    tokio::time::sleep(Duration::from_millis(20)).await;
+    eventually("it rests again", || disk.shared.alarm.get().is_some()).await;
     (dir, world, disk)
 }
 
