@@ -12,8 +12,11 @@
 //! | [`record`] | checks that a [`v1::Record`] is what it says it is |
 //! | [`trace`] | in which order the chunks of a snapshot are read first |
 //! | [`channel`] | frames of a VM's checkpoint channel |
+//! | `bulk` | calls that carry chunks, without copying them (with gRPC only) |
 //! | `exact` | how messages become bytes on the wire (with gRPC only) |
 
+#[cfg(feature = "grpc")]
+pub mod bulk;
 pub mod channel;
 pub mod codec;
 #[cfg(feature = "grpc")]

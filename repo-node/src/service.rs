@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blobcr_proto::MESSAGE_BYTES_MAX;
+use blobcr_proto::bulk::BulkRecordStoreServer;
 use blobcr_proto::record::RecordKey;
 use blobcr_proto::v1;
-use blobcr_proto::v1::record_store_server::{RecordStore, RecordStoreServer};
+use blobcr_proto::v1::record_store_server::RecordStore;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tonic::{Request, Response, Status};
@@ -63,8 +64,8 @@ pub fn server_builder() -> tonic::transport::Server {
 
 /// The service over `store`.
 #[must_use]
-pub fn service(store: Arc<ChunkStore>) -> RecordStoreServer<NodeService> {
-    mounted(NodeService::new(store))
+pub fn service(store: Arc<ChunkStore>) -> BulkRecordStoreServer<NodeService> {
+    BulkRecordStoreServer::new(NodeService::new(store))
 }
 
 /// The same; what is put is checked by threads of `background`, for a host that has guests, too.
@@ -72,14 +73,11 @@ pub fn service(store: Arc<ChunkStore>) -> RecordStoreServer<NodeService> {
 pub fn service_that_gives_way(
     store: Arc<ChunkStore>,
     background: Handle,
-) -> RecordStoreServer<NodeService> {
-    mounted(NodeService { background: Some(background), ..NodeService::new(store) })
-}
-
-fn mounted(service: NodeService) -> RecordStoreServer<NodeService> {
-    RecordStoreServer::new(service)
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+) -> BulkRecordStoreServer<NodeService> {
+    BulkRecordStoreServer::new(NodeService {
+        background: Some(background),
+        ..NodeService::new(store)
+    })
 }
 
 /// [`ChunkStore`] as the `RecordStore` service.

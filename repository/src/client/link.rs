@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use blobcr_proto::bulk::BulkRecordStoreClient;
 use blobcr_proto::v1::record_store_client::RecordStoreClient;
 use blobcr_proto::{MESSAGE_BYTES_MAX, v1};
 use tokio::time::{Instant, timeout};
@@ -23,7 +24,7 @@ const ASK_LAST_FOR: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct NodeLink {
     address: String,
-    clients: Vec<RecordStoreClient<Channel>>,
+    channels: Vec<Channel>,
     next: AtomicUsize,
     read_deadline: Duration,
     write_deadline: Duration,
@@ -31,14 +32,10 @@ pub(super) struct NodeLink {
 
 impl NodeLink {
     pub(super) fn new(address: &str, options: &ConnectOptions) -> Result<Self, AddressError> {
-        let client = |_| {
-            Ok(RecordStoreClient::new(channel(address, options)?)
-                .max_decoding_message_size(MESSAGE_BYTES_MAX)
-                .max_encoding_message_size(MESSAGE_BYTES_MAX))
-        };
+        let channels = (0..options.channels_per_node.max(1)).map(|_| channel(address, options));
         Ok(Self {
             address: address.to_owned(),
-            clients: (0..options.channels_per_node.max(1)).map(client).collect::<Result<_, _>>()?,
+            channels: channels.collect::<Result<_, _>>()?,
             next: AtomicUsize::new(0),
             read_deadline: options.read_deadline,
             write_deadline: options.write_deadline,
@@ -50,21 +47,29 @@ impl NodeLink {
     }
 
     /// The connections take turns.
-    fn client(&self) -> RecordStoreClient<Channel> {
+    fn channel(&self) -> Channel {
         let turn = self.next.fetch_add(1, Ordering::Relaxed);
-        self.clients[turn % self.clients.len()].clone()
+        self.channels[turn % self.channels.len()].clone()
+    }
+
+    fn bulk(&self) -> BulkRecordStoreClient {
+        BulkRecordStoreClient::new(self.channel())
+    }
+
+    fn client(&self) -> RecordStoreClient<Channel> {
+        RecordStoreClient::new(self.channel())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     pub(super) async fn put(&self, request: v1::PutRequest) -> Result<v1::PutResponse, NodeError> {
-        let mut client = self.client();
         let request = timed(request, self.write_deadline);
-        within(self.write_deadline, client.put(request)).await
+        within(self.write_deadline, self.bulk().put(request)).await
     }
 
     pub(super) async fn get(&self, request: v1::GetRequest) -> Result<v1::GetResponse, NodeError> {
-        let mut client = self.client();
         let request = timed(request, self.read_deadline);
-        within(self.read_deadline, client.get(request)).await
+        within(self.read_deadline, self.bulk().get(request)).await
     }
 
     pub(super) async fn touch(
@@ -74,22 +79,24 @@ impl NodeLink {
         let mut client = self.client();
         // A touch is made durable before it is acknowledged: it may take as long as a put.
         let request = timed(request, self.write_deadline);
-        within(self.write_deadline, client.touch(request)).await
+        let call = async move { client.touch(request).await.map(Response::into_inner) };
+        within(self.write_deadline, call).await
     }
 
     async fn status(&self) -> Result<v1::NodeStatus, NodeError> {
         let mut client = self.client();
         let request = timed(v1::NodeStatusRequest {}, self.read_deadline);
-        within(self.read_deadline, client.status(request)).await
+        let call = async move { client.status(request).await.map(Response::into_inner) };
+        within(self.read_deadline, call).await
     }
 }
 
 async fn within<T>(
     deadline: Duration,
-    call: impl Future<Output = Result<Response<T>, Status>>,
+    call: impl Future<Output = Result<T, Status>>,
 ) -> Result<T, NodeError> {
     match timeout(deadline, call).await {
-        Ok(Ok(answer)) => Ok(answer.into_inner()),
+        Ok(Ok(answer)) => Ok(answer),
         Ok(Err(status)) => Err(NodeError::of(&status)),
         Err(_) => Err(NodeError::Unreachable(format!("no answer within {deadline:?}"))),
     }

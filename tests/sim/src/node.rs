@@ -3,9 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use blobcr_proto::MESSAGE_BYTES_MAX;
+use blobcr_proto::bulk::BulkRecordStoreServer;
 use blobcr_proto::v1;
-use blobcr_proto::v1::record_store_server::RecordStoreServer;
 use blobcr_repo_node::service::NodeService;
 use blobcr_repo_node::testing::{Fault, SimDisk};
 use blobcr_repo_node::{ChunkStore, Options, Stepper, StoreId, server_builder};
@@ -125,9 +124,7 @@ impl NodeHost {
     fn serve(&self, store: &Arc<ChunkStore>) -> impl Future<Output = ()> + use<> {
         let service = NodeService::new(Arc::clone(store));
         let oracle = self.world.oracle.clone();
-        let service = RecordStoreServer::new(Watched { service, node: self.number, oracle })
-            .max_decoding_message_size(MESSAGE_BYTES_MAX)
-            .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let service = BulkRecordStoreServer::new(Watched { service, node: self.number, oracle });
         let incoming = UnboundedReceiverStream::new(self.world.net.listen(&self.host));
         let router = server_builder().add_service(service);
         let serving = router.serve_with_incoming(incoming.map(Ok::<_, std::io::Error>));
