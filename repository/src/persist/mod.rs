@@ -43,8 +43,8 @@ impl Default for PersistLimits {
             bytes_in_flight: 64 << 20,
             reads: 8,
             puts: 8,
-            // Four default chunks share a request and a group commit.
-            put_bytes: 1 << 20,
+            // Sixteen default chunks share a request, a group commit and what it takes to wake the others.
+            put_bytes: 4 << 20,
             touch_batch: 256,
             give_up_after: Duration::from_secs(600),
             bandwidth: None,

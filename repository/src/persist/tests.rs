@@ -61,8 +61,8 @@ async fn each_new_chunk_is_put_once_and_unchanged_data_puts_nothing() {
     let faults = pool.faults();
     // 600 chunks in batches of 256, and the tree's 11 nodes in one.
     assert_eq!(faults.calls(PoolOperation::Touch), 3 + 1);
-    // 16 chunks to a put of 1 MiB; batches of 256, 256 and 88; one put of nodes.
-    assert_eq!(faults.calls(PoolOperation::Put), 16 + 16 + 6 + 1);
+    // 64 chunks to a put of 4 MiB; batches of 256, 256 and 88; one put of nodes.
+    assert_eq!(faults.calls(PoolOperation::Put), 4 + 4 + 2 + 1);
     assert_eq!(faults.calls(PoolOperation::Get), 0, "an empty base has no nodes to read");
     assert_eq!(pool.count(RecordKind::Chunk), 600);
     let stats = first.stats;
@@ -228,7 +228,7 @@ async fn dropping_a_job_anywhere_leaves_orphans_only() {
     {
         pool.faults().pass_next(operation, before);
         let held = pool.faults().hold_next(operation, 1);
-        let limits = PersistLimits { puts: 1, ..PersistLimits::default() };
+        let limits = PersistLimits { puts: 1, put_bytes: 1 << 20, ..PersistLimits::default() };
         let job = PersistJob { limits, ..whole(&disk) };
         tokio::select! {
             _ = persist(&pool, &pool, job) => panic!("it cannot end while it is held"),
