@@ -3,26 +3,29 @@
 use std::sync::Arc;
 
 use crate::common::{chunk, open, options};
+use blobcr_proto::bulk::BulkRecordStoreClient;
 use blobcr_proto::v1;
 use blobcr_proto::v1::record_store_client::RecordStoreClient;
 use blobcr_proto::{Hash, MESSAGE_BYTES_MAX};
 use blobcr_repo_node::service::{LIST_LIMIT_MAX, RECORDS_PER_REQUEST_MAX};
 use blobcr_repo_node::{ChunkStore, server_builder, service};
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::Code;
 use tonic::transport::Channel;
+use tonic::{Code, Request};
 
 async fn serve(store: ChunkStore) -> RecordStoreClient<Channel> {
+    RecordStoreClient::new(connect(store).await)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+}
+
+async fn connect(store: ChunkStore) -> Channel {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     let service = service(Arc::new(store));
     let server = server_builder().add_service(service);
     tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-    RecordStoreClient::connect(address)
-        .await
-        .unwrap()
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    Channel::from_shared(address).unwrap().connect().await.unwrap()
 }
 
 fn put(records: Vec<v1::Record>) -> v1::PutRequest {
@@ -66,6 +69,37 @@ async fn every_call() {
     let status = client.status(v1::NodeStatusRequest {}).await.unwrap().into_inner();
     assert_eq!((status.node_id, status.records, status.live_bytes), (node_id, 1, 96));
     assert!(status.capacity_bytes > status.free_bytes && !status.poisoned && !status.full);
+}
+
+/// What is sent in pieces is what the generated client sends, and so are answers and refusals.
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_that_copy_nothing_are_the_same_calls() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, _) = open(dir.path(), 64 << 20);
+    let channel = connect(store).await;
+    let bulk = BulkRecordStoreClient::new(channel.clone());
+    let mut generated =
+        RecordStoreClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let sizes = [4 << 20, 0, 16 << 10, (16 << 10) + 1, 300_000, 4 << 20];
+    let records: Vec<_> = sizes.iter().zip(0..).map(|(size, n)| chunk(n, *size)).collect();
+    let done = bulk.put(Request::new(put(records.clone()))).await.unwrap();
+    assert_eq!(done.stored, 6);
+    assert_eq!(generated.put(put(records.clone())).await.unwrap().into_inner().stored, 0);
+    let get = v1::GetRequest { pool: 1, refs: refs(&records), table_version: 0 };
+    let found = bulk.get(Request::new(get.clone())).await.unwrap();
+    assert!(found.found.iter().zip(&records).all(|(f, r)| f.record.as_ref() == Some(r)));
+    assert!(generated.get(get.clone()).await.unwrap().into_inner() == found);
+
+    let bad = put(vec![v1::Record { payload_crc32c: 1, ..records[4].clone() }]);
+    let refused = bulk.put(Request::new(bad.clone())).await.unwrap_err();
+    let expected = generated.put(bad).await.unwrap_err();
+    assert_eq!((refused.code(), refused.message()), (expected.code(), expected.message()));
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    // More than a message may have, in either direction.
+    let long = put((10..15).map(|n| chunk(n, 4 << 20)).collect());
+    assert_eq!(bulk.put(Request::new(long)).await.unwrap_err().code(), Code::OutOfRange);
+    let long = v1::GetRequest { refs: vec![get.refs[0].clone(); 4], ..get };
+    assert_eq!(bulk.get(Request::new(long)).await.unwrap_err().code(), Code::InvalidArgument);
 }
 
 #[tokio::test(flavor = "multi_thread")]
