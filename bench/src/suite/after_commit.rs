@@ -1,6 +1,7 @@
 //! Writes right after a COMMIT against those right before it, in one run of fio; beside them the
 //! same around a COMMIT of another disk, which costs the host as much and needs no copies of these
-//! writes, and around snapshots of a qcow2 file.
+//! writes, around the least that any program does which persists as many bytes, and around snapshots
+//! of a qcow2 file.
 
 use std::fs::{File, OpenOptions};
 use std::path::Path;
@@ -8,8 +9,10 @@ use std::time::Duration;
 
 use blobcr_tests::cluster::Cluster;
 use blobcr_tests::mounted::MountedDisk;
+use rustix::process::{getpriority_process, setpriority_process};
 
 use super::Settings;
+use super::bare_pipeline::BarePipeline;
 use crate::fio::{Load, Span};
 use crate::fio_log::{Requests, Stretch};
 use crate::peers::storage_daemon::{Format, StorageDaemon};
@@ -21,10 +24,13 @@ const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 /// Less than the mirror has memory for, so that no copy is spilled.
 const DISK_MIB: u64 = 192;
-const SUBJECTS: [&str; 4] =
-    ["COMMIT", "COMMIT of another disk", "qcow2 external", "qcow2 internal"];
+const SUBJECTS: [&str; 5] =
+    ["COMMIT", "COMMIT of another disk", "bare pipeline", "qcow2 external", "qcow2 internal"];
 const OURS: usize = 0;
 const OTHER: usize = 1;
+const BARE: usize = 2;
+/// How far the bare pipeline gives way: as what persists does by default.
+const BARE_NICE: i32 = 5;
 const DEPTH: u32 = 8;
 const WRITES: Load = Load::new("randwrite", 4 * KIB, DEPTH);
 const READS: Load = Load::new("randread", 256 * KIB, DEPTH);
@@ -67,6 +73,31 @@ fn measure(
     Ok(())
 }
 
+/// The same with the bare pipeline in place of a COMMIT, of as many bytes.
+fn measure_bare(
+    tables: &mut Tables,
+    settings: &Settings,
+    path: &Path,
+    span: Span,
+) -> anyhow::Result<()> {
+    let dir = settings.scratch(&settings.memory_dir)?;
+    let pipeline = BarePipeline::prepare(dir.path(), span.bytes)?;
+    let mut running = None;
+    measure(tables, BARE, path, span, || {
+        running = Some(std::thread::spawn(move || {
+            // On Linux it is the calling thread's, and of those that it starts.
+            let lowered = getpriority_process(None)? + BARE_NICE;
+            setpriority_process(None, lowered)?;
+            pipeline.run(|| Ok(()))
+        }));
+        Ok(())
+    })?;
+    if let Some(running) = running {
+        running.join().map_err(|_| anyhow::anyhow!("the bare pipeline panicked"))??;
+    }
+    Ok(())
+}
+
 /// A subject's values of one row in units of those of another.
 fn ratio(table: &Table, subject: usize, label: &str, other: &str) -> Option<f64> {
     let samples = |label| Some(&table.row(label)?.samples[subject]);
@@ -101,10 +132,12 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
         fill(&other_path, mib)?;
         measure(&mut tables, OTHER, &path, span, || Ok(other.commit().map(drop)?))?;
         other.commit_stable()?;
+        measure_bare(&mut tables, settings, &path, span)?;
+        disk.commit_stable()?;
         let (read, at) = Requests::around(READS, &path, Duration::ZERO, span, || Ok(()))?;
         tables.add(OURS, &reads, read.beside(at, time, true)?);
         for (subject, snapshot) in
-            [(2, StorageDaemon::snapshot as fn(&mut _) -> _), (3, StorageDaemon::internal_snapshot)]
+            [(3, StorageDaemon::snapshot as fn(&mut _) -> _), (4, StorageDaemon::internal_snapshot)]
         {
             let mut daemon = StorageDaemon::start(parent, Format::Qcow2, mib * MIB, false)?;
             let export = daemon.export().to_owned();
@@ -118,11 +151,17 @@ pub(super) fn run(settings: &Settings) -> anyhow::Result<Report> {
          middle of the run a snapshot is taken: the {time:?} before it against the {time:?} after."
     ));
     report.setup.push(
-        "A COMMIT of another disk as full shows what persisting takes of the processors alone."
-            .to_owned(),
+        format!(
+            "A COMMIT of another disk as full shows what persisting takes of the processors alone; the \
+             bare pipeline, with nice {BARE_NICE} as what persists, what the least that any program \
+             does for as many bytes takes: one thread reads a file, hashes and sends it, others \
+             take it, hash it again and write it."
+        ),
     );
-    for (subject, whose) in [(OURS, ""), (OTHER, " of another disk")] {
-        let what = format!("writes after COMMIT{whose} against before");
+    for (subject, what) in
+        [(OURS, "COMMIT"), (OTHER, "COMMIT of another disk"), (BARE, "the bare pipeline's begin")]
+    {
+        let what = format!("writes after {what} against before");
         let iops = ratio(&tables.iops, subject, AFTER, BEFORE);
         report.claim(&what, Bound::AtLeast(0.9), iops, "×");
     }

@@ -2,6 +2,7 @@
 //! turns, round after round, and returns a [`Report`].
 
 mod after_commit;
+mod bare_pipeline;
 mod checkpoint_strategies;
 mod downtime;
 mod guest_io;
