@@ -15,6 +15,7 @@ mod weak_scaling;
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use blobcr_tests::cluster::Cluster;
 use clap::ValueEnum;
 use tempfile::TempDir;
@@ -35,7 +36,7 @@ pub enum Benchmark {
     CheckpointStrategies,
     /// An MPI job of 1 to 8 ranks with three global checkpoints, by strategy: the paper's figure 6
     WeakScaling,
-    /// Writes right after a COMMIT against those before it, beside snapshots of qcow2
+    /// Writes right after a COMMIT against those before it, beside snapshots of qcow2 and the least that persisting takes
     AfterCommit,
     /// A virtual machine starts on another host, lazily and after a copy: the paper's figure 7
     Restart,
@@ -106,9 +107,9 @@ impl Settings {
     }
 
     fn scratch(&self, parent: &Path) -> anyhow::Result<TempDir> {
-        Ok(tempfile::Builder::new()
-            .prefix("blobcr-bench-")
-            .tempdir_in(std::path::absolute(parent)?)?)
+        let parent = std::path::absolute(parent)?;
+        std::fs::create_dir_all(&parent).with_context(|| format!("make {}", parent.display()))?;
+        Ok(tempfile::Builder::new().prefix("blobcr-bench-").tempdir_in(parent)?)
     }
 
     fn cluster(&self, parent: &Path, args: &[&str]) -> anyhow::Result<Cluster> {
