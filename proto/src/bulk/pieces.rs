@@ -82,8 +82,8 @@ unsafe impl BufMut for Pieces {
 
 /// What is sent: pieces, and behind an answer that all went well.
 pub(super) struct Outgoing {
-    pieces: VecDeque<Bytes>,
-    trailers: Option<HeaderMap>,
+    pub(super) pieces: VecDeque<Bytes>,
+    pub(super) trailers: Option<HeaderMap>,
 }
 
 impl Outgoing {

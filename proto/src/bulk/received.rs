@@ -131,36 +131,18 @@ impl Buf for Pieces {
 
 #[cfg(test)]
 mod tests {
-    use std::convert::Infallible;
-    use std::pin::Pin;
     use std::task::{Context, Poll};
 
-    use http_body::Frame;
     use proptest::prelude::*;
     use tonic::Code;
 
-    use super::super::pieces::pieces;
+    use super::super::pieces::{Outgoing, pieces};
     use super::*;
     use crate::v1;
 
-    /// Frames of data that are all here.
-    struct Frames(VecDeque<Bytes>);
-
-    impl Body for Frames {
-        type Data = Bytes;
-        type Error = Infallible;
-
-        fn poll_frame(
-            mut self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-            Poll::Ready(self.0.pop_front().map(|data| Ok(Frame::data(data))))
-        }
-    }
-
     fn receive(frames: impl IntoIterator<Item = Bytes>) -> Result<v1::GetResponse, Status> {
-        let all = Received::all_of(Frames(frames.into_iter().collect()));
-        let mut all = pin!(all);
+        let pieces = frames.into_iter().collect();
+        let mut all = pin!(Received::all_of(Outgoing { pieces, trailers: None }));
         let mut cx = Context::from_waker(std::task::Waker::noop());
         match all.as_mut().poll(&mut cx) {
             Poll::Ready(received) => received?.message(),
