@@ -21,7 +21,7 @@ pub(super) async fn call<R: Message + Default>(
     mut channel: Channel,
     path: &'static str,
     request: Request<impl Message>,
-) -> Result<R, Status> {
+) -> Result<Response<R>, Status> {
     let (metadata, extensions, message) = request.into_parts();
     let mut request = http::Request::new(Body::new(Outgoing::request(&message)?));
     drop(message);
@@ -41,7 +41,7 @@ pub(super) async fn call<R: Message + Default>(
     }
     let received = Received::all_of(body).await?;
     outcome(&received.trailers).or(early).unwrap_or_else(|| Err(no_outcome(parts.status)))?;
-    received.message()
+    Ok(Response::new(received.message()?))
 }
 
 /// What `headers` say of how the call went, if they do.

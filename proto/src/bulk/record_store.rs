@@ -9,7 +9,7 @@ use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service, StdError, http};
 use tonic::server::NamedService;
 use tonic::transport::Channel;
-use tonic::{Request, Status};
+use tonic::{Request, Response, Status};
 
 use super::call::{answer, call};
 use crate::v1::record_store_server::{RecordStore, RecordStoreServer, SERVICE_NAME};
@@ -33,7 +33,10 @@ impl BulkRecordStoreClient {
     ///
     /// # Errors
     /// As `Put` in `records.proto`, and what connections fail with.
-    pub async fn put(&self, request: Request<v1::PutRequest>) -> Result<v1::PutResponse, Status> {
+    pub async fn put(
+        &self,
+        request: Request<v1::PutRequest>,
+    ) -> Result<Response<v1::PutResponse>, Status> {
         call(self.0.clone(), PUT, request).await
     }
 
@@ -41,7 +44,10 @@ impl BulkRecordStoreClient {
     ///
     /// # Errors
     /// As `Get` in `records.proto`, and what connections fail with.
-    pub async fn get(&self, request: Request<v1::GetRequest>) -> Result<v1::GetResponse, Status> {
+    pub async fn get(
+        &self,
+        request: Request<v1::GetRequest>,
+    ) -> Result<Response<v1::GetResponse>, Status> {
         call(self.0.clone(), GET, request).await
     }
 }

@@ -82,11 +82,11 @@ async fn calls_that_copy_nothing_are_the_same_calls() {
         RecordStoreClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let sizes = [4 << 20, 0, 16 << 10, (16 << 10) + 1, 300_000, 4 << 20];
     let records: Vec<_> = sizes.iter().zip(0..).map(|(size, n)| chunk(n, *size)).collect();
-    let done = bulk.put(Request::new(put(records.clone()))).await.unwrap();
+    let done = bulk.put(Request::new(put(records.clone()))).await.unwrap().into_inner();
     assert_eq!(done.stored, 6);
     assert_eq!(generated.put(put(records.clone())).await.unwrap().into_inner().stored, 0);
     let get = v1::GetRequest { pool: 1, refs: refs(&records), table_version: 0 };
-    let found = bulk.get(Request::new(get.clone())).await.unwrap();
+    let found = bulk.get(Request::new(get.clone())).await.unwrap().into_inner();
     assert!(found.found.iter().zip(&records).all(|(f, r)| f.record.as_ref() == Some(r)));
     assert!(generated.get(get.clone()).await.unwrap().into_inner() == found);
 

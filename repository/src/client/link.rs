@@ -79,24 +79,22 @@ impl NodeLink {
         let mut client = self.client();
         // A touch is made durable before it is acknowledged: it may take as long as a put.
         let request = timed(request, self.write_deadline);
-        let call = async move { client.touch(request).await.map(Response::into_inner) };
-        within(self.write_deadline, call).await
+        within(self.write_deadline, client.touch(request)).await
     }
 
     async fn status(&self) -> Result<v1::NodeStatus, NodeError> {
         let mut client = self.client();
         let request = timed(v1::NodeStatusRequest {}, self.read_deadline);
-        let call = async move { client.status(request).await.map(Response::into_inner) };
-        within(self.read_deadline, call).await
+        within(self.read_deadline, client.status(request)).await
     }
 }
 
 async fn within<T>(
     deadline: Duration,
-    call: impl Future<Output = Result<T, Status>>,
+    call: impl Future<Output = Result<Response<T>, Status>>,
 ) -> Result<T, NodeError> {
     match timeout(deadline, call).await {
-        Ok(Ok(answer)) => Ok(answer),
+        Ok(Ok(answer)) => Ok(answer.into_inner()),
         Ok(Err(status)) => Err(NodeError::of(&status)),
         Err(_) => Err(NodeError::Unreachable(format!("no answer within {deadline:?}"))),
     }
